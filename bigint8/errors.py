@@ -1,0 +1,17 @@
+"""What can go wrong, as the caller sees it. Each message names the file, tensor, device or flag and the way out."""
+
+
+class BigInt8Error(Exception):
+    """Base of every error that bigint8 raises on purpose; the command line prints it and exits with 2."""
+
+
+class CheckpointError(BigInt8Error):
+    """A checkpoint that is missing, damaged, hostile or does not belong to its config."""
+
+
+class PlanError(BigInt8Error):
+    """A model that does not fit, or a device map that does not cover it."""
+
+
+class WorkerError(BigInt8Error):
+    """A worker or the Ray cluster that cannot do its part."""

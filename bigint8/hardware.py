@@ -1,0 +1,158 @@
+"""What devices this machine, or a preset of one, has: kind, memory and the 16-bit format it is fast at."""
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from .errors import BigInt8Error
+from .presets import read_yaml
+
+DeviceKind = Literal["auto", "cuda", "cpu"]
+
+CUDA_RESERVE_BYTES = 512 * 2**20
+"""Held back on each GPU for the CUDA context, cuBLAS workspaces and fragmentation."""
+
+HOST_RESERVE_BYTES = 2**30
+"""Held back of the host's memory for Python, its libraries and the rest of the machine."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device: `name` as torch spells it ("cuda:0", "cpu"), `usable_bytes` for weights, cache and workspace.
+
+    `fast_16bit` is the 16-bit format it multiplies fast, None where float32 is faster than either.
+    """
+
+    name: str
+    model: str
+    usable_bytes: int
+    fast_16bit: str | None
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+
+class GpuPreset(BaseModel):
+    """One entry of configs/gpus.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    memory_mib: int
+    fast_16bit: Literal["float16", "bfloat16"]
+    source: str
+
+
+def gpu_presets() -> dict[str, GpuPreset]:
+    """The GPUs that one can plan for without owning them, by name."""
+    return {name: GpuPreset.model_validate(entry) for name, entry in read_yaml("gpus.yaml").items()}
+
+
+def preset_gpus(name: str, count: int) -> list[Device]:
+    """`count` GPUs of a preset. Raises BigInt8Error for a name that is not in configs/gpus.yaml."""
+    presets = gpu_presets()
+    if name not in presets:
+        raise BigInt8Error(f"--gpu {name}: no such GPU preset; there are {', '.join(sorted(presets))}")
+    gpu = presets[name]
+    usable = gpu.memory_mib * 2**20 - CUDA_RESERVE_BYTES
+    return [Device(f"cuda:{i}", gpu.model, usable, gpu.fast_16bit) for i in range(count)]
+
+
+def cuda_devices() -> list[Device]:
+    """The CUDA GPUs of this machine, with the memory that is free now. Imports torch only where a driver is."""
+    if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists() or sys.platform == "win32"):
+        return []
+    import torch
+
+    devices = []
+    for i in range(torch.cuda.device_count()):
+        free_bytes, _ = torch.cuda.mem_get_info(i)
+        fast = "bfloat16" if torch.cuda.get_device_capability(i) >= (8, 0) else "float16"
+        devices.append(Device(f"cuda:{i}", torch.cuda.get_device_name(i), free_bytes - CUDA_RESERVE_BYTES, fast))
+    return devices
+
+
+def cpu_device(share: int = 1) -> Device:
+    """The CPU, or one of `share` equal shares of its memory."""
+    usable = max(0, available_memory() - HOST_RESERVE_BYTES) // share
+    return Device("cpu", _cpu_model(), usable, "bfloat16" if _cpu_has_bf16() else None)
+
+
+def available_memory() -> int:
+    """Bytes of host memory that can be had without swapping, within this process's control group."""
+    available = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            available = min(available, int(limit) - used + int(reclaimable.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # no control group, or one that sets no limit
+    return available
+
+
+def find_devices(kind: DeviceKind, count: int | None = None) -> tuple[list[Device], str | None]:
+    """`count` devices of this machine (all GPUs, or one CPU worker, by default) and a note for the user, or None.
+
+    "auto" is the GPUs if there are any, else CPU workers that share the machine's memory, which the note says.
+    Raises BigInt8Error when `kind` is "cuda" and there is no GPU, or fewer GPUs than asked for.
+    """
+    gpus = [] if kind == "cpu" else cuda_devices()
+    if gpus:
+        if count is not None and count > len(gpus):
+            raise BigInt8Error(f"--gpus {count}: this machine has {len(gpus)}; name at most that many")
+        return gpus[:count], None
+    if kind == "cuda":
+        raise BigInt8Error("--device cuda: no CUDA GPU was found on this machine; --device cpu runs on the CPU")
+    count = count or 1
+    note = None if kind == "cpu" else f"no GPU was found: {count} CPU worker{'s' if count > 1 else ''} instead"
+    return [cpu_device(share=count)] * count, note
+
+
+def pick_dtype(requested: str, stored: str, devices: list[Device]) -> str:
+    """The dtype of everything that is not int8, by name.
+
+    "auto" is the dtype that the checkpoint stores, unless a device is slow at it: then the 16-bit format that every
+    device is fast at, or float32.
+    """
+    if requested != "auto":
+        return requested
+    if stored == "float32" or all(device.fast_16bit == stored for device in devices):
+        return stored
+    if all(device.kind == "cuda" for device in devices) and stored == "float16":
+        return stored  # every GPU is fast at float16
+    fast = {device.fast_16bit for device in devices}
+    return fast.pop() or "float32" if len(fast) == 1 else "float32"
+
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"

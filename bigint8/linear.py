@@ -1,0 +1,100 @@
+"""The int8 linear layer as a torch module, and the conversion of one layer by hand."""
+
+from collections.abc import Callable
+
+import torch
+from bigint8_kernels import int8_linear, quantize_rows
+from bigint8_kernels.reference import Activations
+from torch import Tensor, nn
+
+
+class Int8Linear(nn.Module):
+    """`Y = X W^T + b` with W in int8: `W ~ weight * scale[:, None]`. For inference only.
+
+    weight: int8 (out_features, in_features); scale: float32 (out_features,); bias: (out_features,) or None.
+    X is (..., in_features) in float16, bfloat16 or float32, Y is (..., out_features) in X's dtype.
+    See `bigint8_kernels.reference` for the arithmetic (LLM.int8(), Dettmers et al. 2022).
+    """
+
+    weight: nn.Parameter
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        threshold: float = 6.0,
+        activations: Activations = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.threshold, self.activations = threshold, activations
+        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32, device=device))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("Int8Linear is for inference: it has no gradient; run it under torch.no_grad()")
+        y = int8_linear(
+            x.reshape(-1, self.in_features), self.weight, self.scale, self.bias, self.threshold, self.activations
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        """Moves with `.to(device)`; keeps its scales in float32 under `.half()` and the like."""
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"threshold={self.threshold}, activations={self.activations!r}"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is one that becomes an Int8Linear: `nn.Linear` or the `Conv1D` of transformers (GPT-2)."""
+    return type(module) is nn.Linear or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weight as (in_features, out_features), as `Conv1D` does."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def empty_like(
+    linear: nn.Module, threshold: float, activations: Activations, device: torch.device | str | None = None
+) -> Int8Linear:
+    """An Int8Linear of the linear layer's shape, its values not set."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    out_features, in_features = weight.shape[::-1] if is_transposed(linear) else weight.shape
+    return Int8Linear(
+        in_features, out_features, linear.bias is not None, threshold, activations, device or weight.device, weight.dtype
+    )
+
+
+def make_int8_linear(linear: nn.Module, threshold: float = 6.0, activations: Activations = "auto") -> Int8Linear:
+    """Quantize one layer, an `nn.Linear` or a transformers `Conv1D`, on the device where it is.
+
+    Raises TypeError for another kind of module or dtype, ValueError for NaN or infinite weights.
+    """
+    if not is_linear(linear):
+        raise TypeError(f"make_int8_linear takes nn.Linear or Conv1D, not {type(linear).__name__}")
+    int8 = empty_like(linear, threshold, activations)
+    weight: Tensor = linear.weight.detach()  # type: ignore[operator, union-attr]
+    if not quantize_rows(weight.T if is_transposed(linear) else weight, int8.weight.data, int8.scale):
+        raise ValueError("the layer has NaN or infinite weights")
+    if isinstance(linear.bias, Tensor):
+        int8.bias.data.copy_(linear.bias.detach())
+    return int8.eval()

