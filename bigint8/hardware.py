@@ -60,7 +60,7 @@ def preset_gpus(name: str, count: int) -> list[Device]:
     """`count` GPUs of a preset. Raises BigInt8Error for a name that is not in configs/gpus.yaml."""
     presets = gpu_presets()
     if name not in presets:
-        raise BigInt8Error(f"--gpu {name}: no such GPU preset; there are {', '.join(sorted(presets))}")
+        raise BigInt8Error(f"--gpu-type {name}: no such GPU preset; there are {', '.join(sorted(presets))}")
     gpu = presets[name]
     usable = gpu.memory_mib * 2**20 - CUDA_RESERVE_BYTES
     return [Device(f"cuda:{i}", gpu.model, usable, gpu.fast_16bit) for i in range(count)]

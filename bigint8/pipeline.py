@@ -5,18 +5,20 @@ to worker, and the driver sees only token ids and logits. Where the head is tied
 state returns to the first worker, which has them (a ring).
 """
 
+import contextlib
 import itertools
 import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 import torch
+from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -204,14 +206,14 @@ class Pipeline:
             else:
                 # The plan has counted the memory; Ray's own watchdog would kill workers on a machine that is nearly full
                 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-                ray.init(
-                    address="local",
-                    num_cpus=max(workers, os.cpu_count() or 1),
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
-                    **quiet,
-                )
+                with _loopback_only():
+                    ray.init(
+                        address="local",
+                        num_cpus=max(workers, os.cpu_count() or 1),
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        include_dashboard=False,
+                        **quiet,
+                    )
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -389,6 +391,26 @@ class Pipeline:
             if self._started_ray:
                 ray.shutdown()
         self._workers, self._group = [], None
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray started in here listens on 127.0.0.1 only.
+
+    Ray does that by itself on Windows and macOS, where this variable turns it off; on Linux it replaces a loopback
+    address that it is given by one that others can reach, so the same switch is the only way.
+    """
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    environment = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        if environment is not None:
+            os.environ[name] = environment
 
 
 # --- the driver --------------------------------------------------------------------------------------------------

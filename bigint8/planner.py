@@ -182,12 +182,27 @@ def _does_not_fit(plan: Plan, layout: Layout, devices: Sequence[Device]) -> str:
 
 
 def _enough(plan: Plan, layout: Layout, device: Device) -> int | None:
-    """How many devices like this one would do, None if no number does."""
+    """How many devices like this one, more than the plan has, would do; None if no number does."""
     for count in range(len(plan.stages) + 1, len(layout.blocks) + 1):
         stages = _stages(layout, [device] * count, plan.context, plan.batch_size, DTYPE_BYTES[plan.dtype])
         if all(stage.headroom_bytes >= 0 for stage in stages):
             return count
     return None
+
+
+def fewest_devices(
+    model: str, layout: Layout, device: Device, dtype: str, context: int = 2048, batch_size: int = 1
+) -> int:
+    """How many devices like this one the model needs at least. Raises PlanError if no number is enough."""
+    try:
+        make_plan(model, layout, [device], dtype, context, batch_size)
+    except PlanError:
+        one = Plan(model, dtype, context, batch_size, _stages(layout, [device], context, batch_size, DTYPE_BYTES[dtype]))
+        count = _enough(one, layout, device)
+        if count is None:
+            raise
+        return count
+    return 1
 
 
 def fill_in_order(
