@@ -89,7 +89,7 @@ def plan_reads(
                 and at == stop
                 and (at - start) % (DTYPE_BITS[tensor.dtype] // 8) == 0
             )
-            room = (buffer_bytes - (stop - start)) // row_bytes if joins else 0
+            room = max(0, buffer_bytes - (stop - start)) // row_bytes if joins else 0
             if not joins or room == 0 or (tensor.name in whole and room < tensor.rows):
                 flush()
                 start = stop = at
