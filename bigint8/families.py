@@ -37,7 +37,7 @@ class Part:
 class Layout:
     """The sizes of a model: `blocks` decoder layers around the embeddings, the final norm and the head.
 
-    `head` is empty when it is tied to the embeddings. `kv_values` is the size of one token in one block's cache;
+    `head` lacks its matrix when it is tied to the embeddings. `kv_values` is the size of one token in one block's cache;
     `windows` holds each block's sliding window in tokens, None where it attends to all.
     """
 
@@ -130,7 +130,7 @@ def _layout(
         embeddings=embeddings or _others(vocab * hidden),
         blocks=(block,) * layers,
         final=final or _others(norm),
-        head=Part() if tied else _others(vocab * hidden + (vocab if head_bias else 0)),
+        head=_others((0 if tied else vocab * hidden) + (vocab if head_bias else 0)),
         tied=tied,
         kv_values=2 * kv_heads * head_dim,
         windows=windows or (None,) * layers,

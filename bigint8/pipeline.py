@@ -109,7 +109,7 @@ class Worker:
     def load(
         self, folder: str, first: int, last: int, device: str, config: Int8Config, dtype: str, trust_remote_code: bool
     ) -> LoadReport:
-        self._stage, self._caches, self._progress = None, {}, (0, 0)
+        self.unload()
         self._device = device
 
         def on_progress(done: int, total: int) -> None:
@@ -120,6 +120,10 @@ class Worker:
             checkpoint, first, last, device, config, dtype, on_progress, trust_remote_code
         )
         return report
+
+    def unload(self) -> None:
+        """Give the stage's memory back."""
+        self._stage, self._caches, self._progress = None, {}, (0, 0)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> tuple[int, int]:
@@ -179,6 +183,7 @@ class Pipeline:
         self._group: Any = None
         self._workers: list[Any] = []
         self._load: Callable[[int], Any] | None = None
+        self._stages = 0
         self._ids = itertools.count()
         self.infos: list[WorkerInfo] = []
         try:
@@ -275,9 +280,10 @@ class Pipeline:
     ) -> list[LoadReport]:
         """Load every stage of the plan, in parallel, each worker its own byte ranges.
 
-        The folder must be readable on every node. Raises what the loader raises; then nothing stays loaded.
+        The folder must be readable on every node. Workers beyond the plan's stages stay idle. Raises what the loader
+        raises; then nothing stays loaded.
         """
-        if len(plan.stages) != len(self._workers):
+        if len(plan.stages) > len(self._workers):
             raise WorkerError(f"a plan of {len(plan.stages)} stages for {len(self._workers)} workers")
         settings = config or Int8Config()
 
@@ -293,18 +299,27 @@ class Pipeline:
                 trust_remote_code,
             )
 
-        self._load = start
-        loads = [start(i) for i in range(len(self._workers))]
-        names = [f"worker {i} ({info.host}, {info.device.name})" for i, info in enumerate(self.infos)]
+        self._load, self._stages = start, len(plan.stages)
+        for worker in self._workers[self._stages :]:
+            worker.unload.remote()
+        loads = [start(i) for i in range(self._stages)]
+        infos = self.infos[: self._stages]
+        names = [f"worker {i} ({info.host}, {info.device.name})" for i, info in enumerate(infos)]
         with LoadProgress(names, enabled=progress) as bars:
             waiting = loads
             while waiting:
                 _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
-                asked = [w.progress.remote() for w in self._workers]
+                asked = [worker.progress.remote() for worker in self._workers[: self._stages]]
                 for i, (done, total) in enumerate(self._get(asked)):
                     if total:
                         bars.update(i, done, total)
-        return cast(list[LoadReport], self._get(loads))
+        try:
+            return cast(list[LoadReport], self._get(loads))
+        except BaseException:
+            self._load, self._stages = None, 0
+            for worker in self._workers:
+                worker.unload.remote()
+            raise
 
     def model(self, folder: str | os.PathLike[str], plan: Plan, trust_remote_code: bool = False) -> "PipelineModel":
         """The transformers model that runs on the workers; `load` comes first."""
@@ -325,11 +340,13 @@ class Pipeline:
         tied: bool,
     ) -> Tensor:
         """Token ids (batch, tokens) through all stages: logits (batch, kept tokens, vocabulary)."""
+        if not self._stages:
+            raise WorkerError("no model is loaded on the workers; Pipeline.load comes first")
         packed_mask, packed_positions = pack(mask), pack(positions)
         kept = pack(keep) if isinstance(keep, Tensor) else keep
-        last = len(self._workers) - 1
+        last = self._stages - 1
         hidden: Any = pack(inputs)
-        for i, worker in enumerate(self._workers):
+        for i, worker in enumerate(self._workers[: self._stages]):
             hidden = worker.forward.remote(
                 hidden, cache_id, edits, packed_mask, packed_positions, kept if i == last else None
             )
@@ -364,7 +381,7 @@ class Pipeline:
         infos = self._get([self._workers[i].describe.remote() for i in dead], START_SECONDS)
         for i, info in zip(dead, infos, strict=True):
             self.infos[i] = info
-        self._get([self._load(i) for i in dead])
+        self._get([self._load(i) for i in dead if i < self._stages])
         return dead
 
     def _get(self, references: Any, timeout: float | None = None) -> Any:

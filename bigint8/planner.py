@@ -72,10 +72,18 @@ def stage_part(layout: Layout, first_block: int, last_block: int) -> Part:
     """The sizes of a stage's weights. A tied head lives with the embeddings, in the first stage."""
     part = sum(layout.blocks[first_block:last_block], Part())
     if first_block == 0:
-        part += layout.embeddings
+        part += _first_part(layout)
     if last_block == len(layout.blocks):
-        part += layout.final + layout.head
+        part += _last_part(layout)
     return part
+
+
+def _first_part(layout: Layout) -> Part:
+    return layout.embeddings + layout.head if layout.tied else layout.embeddings
+
+
+def _last_part(layout: Layout) -> Part:
+    return layout.final if layout.tied else layout.final + layout.head
 
 
 def make_plan(
@@ -87,10 +95,7 @@ def make_plan(
     context is longer than the model's.
     """
     blocks, size = len(layout.blocks), DTYPE_BYTES[dtype]
-    if context < 1 or batch_size < 1:
-        raise PlanError(f"context {context} and batch size {batch_size} must be at least 1")
-    if layout.max_context is not None and context > layout.max_context:
-        raise PlanError(f"context {context} is longer than the {layout.max_context} tokens that {model} was made for")
+    _check_request(model, layout, context, batch_size)
     if not devices:
         raise PlanError("no devices to place the model on")
     if len(devices) > blocks:
@@ -101,28 +106,36 @@ def make_plan(
     return plan
 
 
+def _check_request(model: str, layout: Layout, context: int, batch_size: int) -> None:
+    if context < 1 or batch_size < 1:
+        raise PlanError(f"context {context} and batch size {batch_size} must be at least 1")
+    if layout.max_context is not None and context > layout.max_context:
+        raise PlanError(f"context {context} is longer than the {layout.max_context} tokens that {model} was made for")
+
+
 def _stages(
     layout: Layout, devices: Sequence[Device], context: int, batch_size: int, dtype_bytes: int
 ) -> tuple[Stage, ...]:
     """The stages of the best cut, whether they fit or not."""
     cuts = _cut(layout, devices, context, batch_size, dtype_bytes)
-    workspace = workspace_bytes(layout, context, batch_size, dtype_bytes)
     return tuple(
-        Stage(
-            index=i,
-            device=device,
-            first_block=first,
-            last_block=last,
-            weight_bytes=stage_part(layout, first, last).weight_bytes(dtype_bytes),
-            kv_bytes=_kv_bytes(layout, first, last, context, batch_size, dtype_bytes),
-            workspace_bytes=workspace,
-        )
+        _stage(layout, i, device, first, last, context, batch_size, dtype_bytes)
         for i, (device, first, last) in enumerate(zip(devices, cuts[:-1], cuts[1:], strict=True))
     )
 
 
-def _kv_bytes(layout: Layout, first: int, last: int, context: int, batch_size: int, dtype_bytes: int) -> int:
-    return sum(layout.kv_bytes(b, context, batch_size, dtype_bytes) for b in range(first, last))
+def _stage(
+    layout: Layout, index: int, device: Device, first: int, last: int, context: int, batch_size: int, dtype_bytes: int
+) -> Stage:
+    return Stage(
+        index=index,
+        device=device,
+        first_block=first,
+        last_block=last,
+        weight_bytes=stage_part(layout, first, last).weight_bytes(dtype_bytes),
+        kv_bytes=sum(layout.kv_bytes(b, context, batch_size, dtype_bytes) for b in range(first, last)),
+        workspace_bytes=workspace_bytes(layout, context, batch_size, dtype_bytes),
+    )
 
 
 def _cut(layout: Layout, devices: Sequence[Device], context: int, batch_size: int, dtype_bytes: int) -> list[int]:
@@ -135,8 +148,7 @@ def _cut(layout: Layout, devices: Sequence[Device], context: int, batch_size: in
     for b, part in enumerate(layout.blocks):
         kv = layout.kv_bytes(b, context, batch_size, dtype_bytes)
         below.append(below[-1] + part.weight_bytes(dtype_bytes) + kv)
-    head = layout.embeddings.weight_bytes(dtype_bytes)
-    tail = (layout.final + layout.head).weight_bytes(dtype_bytes)
+    head, tail = _first_part(layout).weight_bytes(dtype_bytes), _last_part(layout).weight_bytes(dtype_bytes)
     workspace = workspace_bytes(layout, context, batch_size, dtype_bytes)
 
     def share(device: int, first: int, last: int) -> float:
@@ -182,52 +194,22 @@ def _does_not_fit(plan: Plan, layout: Layout, devices: Sequence[Device]) -> str:
 
 
 def _enough(plan: Plan, layout: Layout, device: Device) -> int | None:
-    """How many devices like this one, more than the plan has, would do; None if no number does."""
-    for count in range(len(plan.stages) + 1, len(layout.blocks) + 1):
-        stages = _stages(layout, [device] * count, plan.context, plan.batch_size, DTYPE_BYTES[plan.dtype])
-        if all(stage.headroom_bytes >= 0 for stage in stages):
-            return count
-    return None
+    """How many devices like this one would do, None if no number does."""
+    size = DTYPE_BYTES[plan.dtype]
+    stages = _fill(layout, [device] * len(layout.blocks), plan.context, plan.batch_size, size)
+    return len(stages) if stages else None
 
 
-def fewest_devices(
-    model: str, layout: Layout, device: Device, dtype: str, context: int = 2048, batch_size: int = 1
-) -> int:
-    """How many devices like this one the model needs at least. Raises PlanError if no number is enough."""
-    try:
-        make_plan(model, layout, [device], dtype, context, batch_size)
-    except PlanError:
-        one = Plan(model, dtype, context, batch_size, _stages(layout, [device], context, batch_size, DTYPE_BYTES[dtype]))
-        count = _enough(one, layout, device)
-        if count is None:
-            raise
-        return count
-    return 1
-
-
-def fill_in_order(
-    model: str, layout: Layout, devices: Sequence[Device], dtype: str, context: int = 2048, batch_size: int = 1
-) -> Plan:
-    """A plan that fills each device before it turns to the next: for devices of unequal speed, fastest first.
-
-    Devices that are left empty are dropped. Raises PlanError when the last device is full too.
-    """
-    size, blocks = DTYPE_BYTES[dtype], len(layout.blocks)
-    workspace = workspace_bytes(layout, context, batch_size, size)
+def _fill(
+    layout: Layout, devices: Sequence[Device], context: int, batch_size: int, dtype_bytes: int
+) -> list[Stage] | None:
+    """Stages that fill each device before the next, None if the blocks do not fit. Of equal devices it takes fewest."""
+    blocks, at = len(layout.blocks), 0
     stages: list[Stage] = []
-    at = 0
     for device in devices:
         best = None
         for last in range(at + 1, blocks + 1):
-            stage = Stage(
-                index=len(stages),
-                device=device,
-                first_block=at,
-                last_block=last,
-                weight_bytes=stage_part(layout, at, last).weight_bytes(size),
-                kv_bytes=_kv_bytes(layout, at, last, context, batch_size, size),
-                workspace_bytes=workspace,
-            )
+            stage = _stage(layout, len(stages), device, at, last, context, batch_size, dtype_bytes)
             if stage.headroom_bytes < 0:
                 break
             best = stage
@@ -235,6 +217,29 @@ def fill_in_order(
             stages.append(best)
             at = best.last_block
         if at == blocks:
-            return Plan(model, dtype, context, batch_size, tuple(stages))
-    plan = Plan(model, dtype, context, batch_size, _stages(layout, devices[:blocks], context, batch_size, size))
-    raise PlanError(_does_not_fit(plan, layout, devices))
+            return stages
+    return None
+
+
+def fewest_devices(
+    model: str, layout: Layout, device: Device, dtype: str, context: int = 2048, batch_size: int = 1
+) -> int:
+    """How many devices like this one the model needs at least. Raises PlanError if no number is enough."""
+    return len(fill_in_order(model, layout, [device] * len(layout.blocks), dtype, context, batch_size).stages)
+
+
+def fill_in_order(
+    model: str, layout: Layout, devices: Sequence[Device], dtype: str, context: int = 2048, batch_size: int = 1
+) -> Plan:
+    """A plan that fills each device before it turns to the next: for devices of unequal speed, fastest first.
+
+    Devices that are left empty are dropped. Raises PlanError when the last device is full too, or as `make_plan`.
+    """
+    size = DTYPE_BYTES[dtype]
+    _check_request(model, layout, context, batch_size)
+    stages = _fill(layout, devices, context, batch_size, size)
+    if stages is None:
+        devices = devices[: len(layout.blocks)]
+        best = Plan(model, dtype, context, batch_size, _stages(layout, devices, context, batch_size, size))
+        raise PlanError(_does_not_fit(best, layout, devices))
+    return Plan(model, dtype, context, batch_size, tuple(stages))

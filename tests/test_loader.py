@@ -1,0 +1,198 @@
+"""Loading in one process: every family, every odd checkpoint that people have, exact values and exact bytes."""
+
+import json
+
+import pytest
+import torch
+from bigint8_kernels import reference
+from safetensors.torch import load_file, save_file
+from tiny import SIX_FAMILIES, SIZES, save_tiny, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
+
+from bigint8 import Int8Config, Int8Linear, PlanError, load_sharded_int8, make_int8_linear
+from bigint8.checkpoint import open_checkpoint
+from bigint8.linear import is_linear
+
+PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
+
+
+def load(folder, **kwargs):
+    return load_sharded_int8(folder, progress=False, context=64, **kwargs)
+
+
+def by_hand(kind, tied, dtype=torch.float16, compute=torch.float32):
+    """The same model, made int8 layer by layer with the reference, without the loader."""
+    model = tiny_model(kind, tied, dtype).to(compute)
+    for name, module in list(model.named_modules()):
+        if is_linear(module) and name != "lm_head":
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, make_int8_linear(module))
+    return model.eval()
+
+
+def greedy(model, ids=PROMPT, tokens=8, **kwargs):
+    return model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0, **kwargs
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", sorted(SIZES))
+def test_a_loaded_model_is_the_one_converted_by_hand(kind, tied, tmp_path):
+    save_tiny(kind, tied, tmp_path)
+    model = load(tmp_path, dtype="float32")
+    expected = by_hand(kind, tied)
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    with torch.no_grad():
+        assert torch.equal(model(PROMPT).logits, expected(PROMPT).logits)
+    assert torch.equal(greedy(model), greedy(expected))
+    assert sum(isinstance(module, Int8Linear) for module in model.modules()) >= 4 * len(ours) // 40
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_of_every_dtype_are_quantized_from_their_own_bits(stored, tmp_path):
+    save_tiny("llama", False, tmp_path, stored)
+    model = load(tmp_path)
+    name = "model.layers.1.mlp.down_proj"
+    original = tiny_model("llama", False, stored).get_submodule(name).weight
+    q, scale = reference.quantize_rows(original)
+    layer = model.get_submodule(name)
+    assert torch.equal(layer.weight, q) and torch.equal(layer.scale, scale)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "opt"])
+def test_a_checkpoint_saved_from_the_base_model_loads(kind, tmp_path):
+    """Its names lack the prefix, as in the published BLOOM, GPT-2 and OPT."""
+    model = tiny_model(kind, True)
+    model.base_model.save_pretrained(tmp_path, max_shard_size="60KB")
+    tiny_config(kind, True).save_pretrained(tmp_path)
+    prefix = model.base_model_prefix
+    assert not any(name.startswith(f"{prefix}.") for name in open_checkpoint(tmp_path).tensors)
+    assert torch.equal(greedy(load(tmp_path, dtype="float32")), greedy(by_hand(kind, True)))
+
+
+def test_the_old_name_of_the_gpt_neox_head_is_known(tmp_path):
+    save_tiny("gpt_neox", False, tmp_path / "new", shard="10GB")
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    head = tensors.pop("embed_out.weight" if "embed_out.weight" in tensors else "lm_head.weight")
+    (tmp_path / "old").mkdir()
+    masks = {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}
+    save_file(tensors | {"embed_out.weight": head} | masks, tmp_path / "old" / "model.safetensors")
+    tiny_config("gpt_neox", False).save_pretrained(tmp_path / "old")
+    model = load(tmp_path / "old", dtype="float32")
+    assert torch.equal(model.lm_head.weight, head.float())
+    assert model.load_report.unused == ["gpt_neox.layers.0.attention.bias"]
+
+
+def test_a_tied_pair_is_read_once_whichever_name_was_saved(tmp_path):
+    save_tiny("llama", True, tmp_path / "a", shard="10GB")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    for folder, extra in (("both", {"lm_head.weight": embeddings.clone()}), ("head", {})):
+        (tmp_path / folder).mkdir()
+        copied = dict(tensors)
+        if folder == "head":
+            copied["lm_head.weight"] = copied.pop("model.embed_tokens.weight")
+        save_file(copied | extra, tmp_path / folder / "model.safetensors")
+        tiny_config("llama", True).save_pretrained(tmp_path / folder)
+        model = load(tmp_path / folder, dtype="float32")
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.load_report.bytes_read == sum(t.nbytes for t in tensors.values())
+        assert model.load_report.unused == (["lm_head.weight"] if folder == "both" else [])
+        assert torch.equal(model.model.embed_tokens.weight, embeddings.float())
+
+
+@pytest.mark.parametrize("model_type", ["stablelm", "gemma"])
+def test_an_unknown_family_loads_in_one_process(model_type, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        model_type, vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    with torch.no_grad():
+        expected, logits = model.eval()(PROMPT).logits, loaded(PROMPT).logits
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    assert loaded.load_report.device_bytes["cpu"] < sum(p.nbytes for p in model.parameters())
+
+
+def test_the_memory_footprint_is_the_bytes_that_are_there(tmp_path):
+    save_tiny("opt", True, tmp_path)
+    model = load(tmp_path)
+    weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    assert model.get_memory_footprint() == sum(weights.values())
+    assert model.load_report.device_bytes == {"cpu": sum(weights.values())}
+
+
+def test_settings_reach_every_layer(tmp_path):
+    save_tiny("llama", False, tmp_path)
+    config = Int8Config(threshold=2.5, activations="int8", skip_modules=["lm_head", "down_proj"])
+    model = load(tmp_path, config=config, dtype=torch.bfloat16)
+    assert model.model.layers[0].mlp.up_proj.threshold == 2.5
+    assert model.model.layers[0].mlp.up_proj.activations == "int8"
+    assert model.model.layers[1].mlp.down_proj.weight.dtype == torch.bfloat16
+    assert model.dtype == torch.bfloat16
+    headless = load(tmp_path, config=Int8Config(skip_modules=[]))
+    assert isinstance(headless.lm_head, Int8Linear)
+
+
+def test_an_explicit_device_map_is_honoured(tmp_path):
+    save_tiny("llama", False, tmp_path)
+    expected = greedy(load(tmp_path))
+    for device_map in ("cpu", {"": "cpu"}, {"model": "cpu", "lm_head": torch.device("cpu")}):
+        model = load(tmp_path, device_map=device_map)
+        assert torch.equal(greedy(model), expected)
+        assert set(model.hf_device_map.values()) == {"cpu"}
+
+
+def test_modules_on_disk_are_mapped_files_and_compute_the_same(tmp_path):
+    save_tiny("gpt2", True, tmp_path / "model")
+    expected = greedy(load(tmp_path / "model"))
+    device_map = {"transformer.h.1": "disk", "transformer.h.2.mlp": "disk", "": "cpu"}
+    model = load(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "off")
+    assert model.hf_device_map["transformer.h.1"] == "disk"
+    assert torch.equal(greedy(model), expected)
+    written = {file.name for file in (tmp_path / "off").iterdir()}
+    assert "transformer.h.1.mlp.c_fc.weight.dat" in written and "transformer.h.0.mlp.c_fc.weight.dat" not in written
+    layer = model.transformer.h[1].mlp.c_fc
+    stored = torch.from_file(
+        str(tmp_path / "off" / "transformer.h.1.mlp.c_fc.weight.dat"), size=layer.weight.numel(), dtype=torch.int8
+    )
+    assert torch.equal(stored.view_as(layer.weight), layer.weight)
+
+
+def test_what_does_not_fit_spills_to_the_offload_folder(tmp_path):
+    save_tiny("llama", False, tmp_path / "model")
+    limit = {"cpu": 2**26 + 200_000}  # the staging ring, and a few blocks of this model
+    with pytest.raises(PlanError, match="does not fit"):
+        load(tmp_path / "model", max_memory=limit)
+    model = load(tmp_path / "model", max_memory=limit, offload_folder=tmp_path / "off")
+    assert {"cpu", "disk"} == set(model.hf_device_map.values())
+    assert torch.equal(greedy(model), greedy(load(tmp_path / "model")))
+
+
+def test_generation_settings_of_the_checkpoint_are_kept(tmp_path):
+    save_tiny("llama", False, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 77, "max_length": 33}))
+    model = load(tmp_path)
+    assert model.generation_config.eos_token_id == 77
+    assert model.generation_config.max_length == 33
+
+
+@pytest.mark.parametrize("kind", SIX_FAMILIES)
+def test_a_padded_batch_gives_what_its_prompts_give_alone(kind, tmp_path):
+    save_tiny(kind, True, tmp_path)
+    model = load(tmp_path, dtype="float32", config=Int8Config(activations="16bit"))
+    long, short = torch.tensor([9, 8, 7, 6, 5]), torch.tensor([11, 12])
+    padded = torch.stack([long, torch.cat([torch.zeros(3, dtype=torch.long), short])])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    batch = model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(batch[0, 5:], greedy(model, long[None], 6)[0, 5:])
+    assert torch.equal(batch[1, 5:], greedy(model, short[None], 6)[0, 2:])

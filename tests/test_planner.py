@@ -1,0 +1,166 @@
+"""The plan: exact bytes, the best of all cuts, errors with numbers."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigint8.errors import BigInt8Error, PlanError
+from bigint8.families import Layout, Part, layout_of
+from bigint8.hardware import Device, find_devices, gpu_presets, pick_dtype, preset_gpus
+from bigint8.planner import fewest_devices, fill_in_order, make_plan
+from bigint8.presets import find_preset
+
+
+def layout_with(blocks: list[int], embeddings: int = 0, head: int = 0) -> Layout:
+    """A layout of blocks of the given int8 sizes."""
+    return Layout(
+        embeddings=Part(other_values=embeddings),
+        blocks=tuple(Part(int8_values=size) for size in blocks),
+        final=Part(),
+        head=Part(other_values=head),
+        tied=head == 0,
+        kv_values=4,
+        windows=(None,) * len(blocks),
+        hidden=1,
+        widest=1,
+        vocab=1,
+        max_context=None,
+    )
+
+
+def devices_with(sizes: list[int]) -> list[Device]:
+    return [Device(f"cuda:{i}", "test", size + 2**30, "float16") for i, size in enumerate(sizes)]
+
+
+def fullest(plan) -> float:
+    return max(1 - stage.headroom_bytes / stage.device.usable_bytes for stage in plan.stages)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.integers(1, 10**9), min_size=3, max_size=9),
+    st.lists(st.integers(10**10, 3 * 10**10), min_size=1, max_size=3),
+    st.integers(0, 10**9),
+    st.integers(0, 10**9),
+)
+def test_no_other_cut_leaves_the_fullest_device_emptier(blocks, sizes, embeddings, head):
+    layout, devices = layout_with(blocks, embeddings, head), devices_with(sizes)
+    plan = make_plan("m", layout, devices, "float16", context=16)
+    assert plan.stages[0].first_block == 0 and plan.stages[-1].last_block == len(blocks)
+    best = fullest(plan)
+    for cuts in combinations(range(1, len(blocks)), len(devices) - 1):
+        bounds = [0, *cuts, len(blocks)]
+        stages = []
+        for stage, first, last in zip(plan.stages, bounds[:-1], bounds[1:], strict=True):
+            part = sum(layout.blocks[first:last], Part())
+            part += layout.embeddings if first == 0 else Part()
+            part += layout.head if last == len(blocks) else Part()
+            kv = sum(layout.kv_bytes(b, 16, 1, 2) for b in range(first, last))
+            stages.append(replace(stage, weight_bytes=part.weight_bytes(2), kv_bytes=kv))
+        assert best <= fullest(replace(plan, stages=tuple(stages))) + 1e-12
+
+
+def test_opt_175b_fits_eight_3090s_with_every_block_on_a_gpu():
+    layout = layout_of(find_preset("opt-175b").config)
+    plan = make_plan("opt-175b", layout, preset_gpus("rtx-3090", 8), "float16")
+    assert [stage.last_block - stage.first_block for stage in plan.stages] == [12] * 8
+    assert all(stage.headroom_bytes > 0 for stage in plan.stages)
+    assert sum(stage.weight_bytes for stage in plan.stages) == layout.weight_bytes(2)
+    assert sum(stage.kv_bytes for stage in plan.stages) == 2 * 96 * 12288 * 2048 * 2
+
+
+def test_a_model_that_does_not_fit_gets_the_numbers_and_a_way_out():
+    layout = layout_of(find_preset("opt-175b").config)
+    with pytest.raises(PlanError) as error:
+        make_plan("opt-175b", layout, preset_gpus("rtx-3090", 6), "float16")
+    message = str(error.value)
+    assert "opt-175b" in message and "rtx" not in message and "RTX 3090" in message
+    assert "163.27 weights" in message and "141.00 GiB" in message and "8 such devices" in message
+    assert fewest_devices("opt-175b", layout, preset_gpus("rtx-3090", 1)[0], "float16") == 8
+
+
+def test_a_model_that_no_number_of_devices_holds_is_said_so():
+    layout = layout_of(find_preset("opt-175b").config)
+    tiny = Device("cuda:0", "toy", 10**9, "float16")
+    with pytest.raises(PlanError, match="lacks"):
+        fewest_devices("opt-175b", layout, tiny, "float16")
+
+
+def test_uneven_devices_get_uneven_stages():
+    layout = layout_with([10**9] * 12)
+    plan = make_plan("m", layout, devices_with([8 * 10**9, 3 * 10**9]), "float16", context=16)
+    sizes = [stage.last_block - stage.first_block for stage in plan.stages]
+    assert sizes[0] > 2 * sizes[1] - 1 and sum(sizes) == 12
+
+
+def test_filling_in_order_fills_the_fast_device_first_and_drops_empty_ones():
+    layout = layout_with([10**9] * 6)
+    devices = devices_with([3 * 10**9, 20 * 10**9, 20 * 10**9])
+    plan = fill_in_order("m", layout, devices, "float16", context=16)
+    assert [(s.device.name, s.first_block, s.last_block) for s in plan.stages] == [("cuda:0", 0, 4), ("cuda:1", 4, 6)]
+    with pytest.raises(PlanError, match="does not fit"):
+        fill_in_order("m", layout, devices[:1], "float16", context=16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"context": 4096}, "2048 tokens"),
+        ({"context": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"devices": []}, "no devices"),
+        ({"devices": preset_gpus("a100-80gb", 13)}, "12 blocks"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(arguments, message):
+    layout = layout_of(find_preset("opt-125m").config)
+    values = {"devices": preset_gpus("rtx-3090", 2), **arguments}
+    with pytest.raises(PlanError, match=message):
+        make_plan("opt-125m", layout, dtype="float16", **values)
+
+
+def test_a_plan_is_plain_data():
+    import json
+
+    layout = layout_of(find_preset("opt-125m").config)
+    plan = make_plan("opt-125m", layout, preset_gpus("rtx-3090", 2), "float16")
+    plain = json.loads(json.dumps(plan.to_dict()))
+    assert plain["stages"][1]["headroom_bytes"] == plan.stages[1].headroom_bytes
+    assert plain["stages"][0]["device"]["name"] == "cuda:0"
+
+
+def test_cpu_workers_share_the_memory_of_the_machine():
+    one, _ = find_devices("cpu", 1)
+    three, _ = find_devices("cpu", 3)
+    assert len(three) == 3
+    assert three[0].usable_bytes == pytest.approx(one[0].usable_bytes / 3, rel=0.1)
+
+
+def test_an_unknown_gpu_type_is_told_which_there_are():
+    with pytest.raises(BigInt8Error, match="rtx-3090"):
+        preset_gpus("rtx-2060", 1)
+    assert all(gpu.memory_mib > 8000 for gpu in gpu_presets().values())
+
+
+@pytest.mark.parametrize(
+    ("requested", "stored", "fast", "expected"),
+    [
+        ("auto", "float16", ["float16"], "float16"),
+        ("auto", "bfloat16", ["bfloat16", "bfloat16"], "bfloat16"),
+        ("auto", "float16", [None], "float32"),
+        ("auto", "float16", ["bfloat16"], "float16"),
+        ("auto", "bfloat16", ["bfloat16", None], "float32"),
+        ("auto", "float32", ["bfloat16"], "float32"),
+        ("bfloat16", "float16", [None], "bfloat16"),
+    ],
+)
+def test_the_dtype_is_the_stored_one_unless_a_device_is_slow_at_it(requested, stored, fast, expected):
+    devices = [Device("cuda:0" if name else "cpu", "d", 1, name) for name in fast]
+    assert pick_dtype(requested, stored, devices) == expected
+
+
+def test_a_cpu_that_is_fast_at_bfloat16_gets_it_for_float16():
+    assert pick_dtype("auto", "float16", [Device("cpu", "d", 1, "bfloat16")]) == "bfloat16"
