@@ -162,7 +162,7 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     for file, names in sorted(names_by_file.items()):
         _check_shard_name(index, file)
         path = folder / file
-        if not path.is_file():
+        if not _is_file(path):
             raise CheckpointError(f"{index}: names shard {file}, which is not in the folder; download {path}")
         header = {tensor.name: tensor for tensor in read_header(path)}
         if absent := sorted(names - header.keys()):
@@ -173,6 +173,13 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path}: tensor {extra[0]!r} is in this shard but not in {INDEX_FILE}, {there}")
         tensors |= header
     return tensors
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long to be one
+        return False
 
 
 def _check_shard_name(index: Path, file: str) -> None:
@@ -233,7 +240,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     def is_size(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: tensor {name!r} is described by {entry!r}, not by an object")
@@ -250,7 +257,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     needed_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if needed_bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{path}: tensor {name!r} of dtype {dtype} and shape {shape} needs {needed_bits / 8:,.0f} bytes, "
+            f"{path}: tensor {name!r} of dtype {dtype} and shape {shape} needs {-(-needed_bits // 8):,} bytes, "
             f"but its data_offsets give it {end - begin:,}"
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, end - begin)

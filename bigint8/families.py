@@ -151,7 +151,10 @@ def _first(config: Config, *names: str, default: Any = None) -> Any:
 
 def layers_of(config: Config) -> int:
     """The number of blocks that a config names."""
-    return int(_first(config, "num_hidden_layers", "n_layer"))
+    layers = _first(config, "num_hidden_layers", "n_layer")
+    if not isinstance(layers, int):
+        raise ValueError(f"number of layers: {layers!r}")
+    return layers
 
 
 def _windows(config: Config, layers: int) -> tuple[int | None, ...]:
@@ -361,6 +364,28 @@ def layout_of(config: Config) -> Layout:
     """The sizes of a model from its config.json. Raises PlanError for an unknown family or a config without a size."""
     family = family_of(config["model_type"])
     try:
-        return family.layout(config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+        layout = family.layout(config)
+        _check(layout)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise PlanError(f"the config of this {family.name} model lacks or garbles a size ({error!r})") from None
+    return layout
+
+
+def _check(layout: Layout) -> None:
+    """Raise ValueError for sizes that no model has."""
+    whole = sum(layout.blocks, layout.embeddings + layout.final + layout.head)
+    sizes = {
+        "blocks": len(layout.blocks), "hidden size": layout.hidden, "widest layer": layout.widest,
+        "vocabulary": layout.vocab, "cache values": layout.kv_values, "int8 values": whole.int8_values,
+        "int8 rows": whole.int8_rows, "16-bit values": whole.other_values,
+    }  # fmt: skip
+    if layout.max_context is not None:
+        sizes["context"] = layout.max_context
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: {size!r}")
+    if len(layout.windows) != len(layout.blocks):
+        raise ValueError(f"{len(layout.windows)} layer_types for {len(layout.blocks)} blocks")
+    for window in layout.windows:
+        if window is not None and (not isinstance(window, int) or window < 2):
+            raise ValueError(f"sliding window: {window!r}")

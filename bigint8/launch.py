@@ -106,6 +106,8 @@ def launch(
         count, kind = len(here), here[0].kind
         if note:
             console.print(note)
+    if (count or 1) > len(layout.blocks):
+        raise BigInt8Error(f"--gpus {count}: {source.name} has {len(layout.blocks)} blocks; use at most that many devices")
     with Pipeline(count or 1, kind, address) as pipeline:  # type: ignore[arg-type]
         devices = pipeline.devices()
         plan = make_plan(
@@ -180,8 +182,9 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise BigInt8Error(f"{folder}: no tokenizer could be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a garbled file can raise anything here
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BigInt8Error(f"{folder}: no tokenizer could be read: {reason[:300]}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, TensorInfo, check_weight_dtypes, open_checkp
 from .config import Int8Config
 from .errors import BigInt8Error, CheckpointError, PlanError
 from .families import family_of
-from .placement import resolve_device_map
+from .placement import make_offload_folder, resolve_device_map
 from .progress import LoadProgress
 from .sources import find_source
 from .stage import Skeleton, Slot, StageModel, build_skeleton
@@ -92,8 +92,9 @@ def load_sharded_int8(
     stored = stored_dtype(checkpoint)
 
     def skeleton_for(name: str) -> Skeleton:
-        return build_skeleton(hf_config, settings, getattr(torch, name), trust_remote_code)
+        return _skeleton(checkpoint, hf_config, settings, name, trust_remote_code)
 
+    generation_config = read_generation_config(checkpoint.folder)
     placement = resolve_device_map(
         device_map, skeleton_for, hf_config, stored, wanted_dtype, max_memory, context, batch_size, offload_folder
     )
@@ -111,7 +112,9 @@ def load_sharded_int8(
         parent, _, attribute = target.rpartition(".")
         setattr(model.get_submodule(parent), attribute, model.get_parameter(origin))
     placement.finish(model)
-    _attach_generation_config(model, checkpoint.folder)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.config.name_or_path = model.name_or_path = str(checkpoint.folder)
     model.load_report = report
     model.register_forward_pre_hook(_context_check(context), with_kwargs=True)
     return model
@@ -135,7 +138,7 @@ def load_stage(
 
     hf_config = _transformers_config(AutoConfig, checkpoint, trust_remote_code)
     family = family_of(hf_config.model_type)
-    skeleton = build_skeleton(hf_config, config, getattr(torch, dtype), trust_remote_code)
+    skeleton = _skeleton(checkpoint, hf_config, config, dtype, trust_remote_code)
     named = name_tensors(checkpoint, skeleton)
     stage = StageModel(skeleton, family, first_block, last_block)
     report = _fill(stage.slots, checkpoint, named, lambda name: device, on_progress)
@@ -152,8 +155,19 @@ def _transformers_config(auto_config: Any, checkpoint: Checkpoint, trust_remote_
         return auto_config.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         # transformers checks a config's values with many kinds of exceptions; none names the file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: transformers refuses it: {reason}") from error
+        raise _refused(checkpoint, error) from error
+
+
+def _skeleton(checkpoint: Checkpoint, hf_config: Any, int8: Int8Config, dtype: str, trust_remote_code: bool) -> Skeleton:
+    try:
+        return build_skeleton(hf_config, int8, getattr(torch, dtype), trust_remote_code)
+    except Exception as error:  # the model's own code meets a config's values here, with as many kinds
+        raise _refused(checkpoint, error) from error
+
+
+def _refused(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CheckpointError(f"{checkpoint.folder / 'config.json'}: transformers refuses it: {reason[:400]}")
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
@@ -277,8 +291,7 @@ def _allocate(
     if "disk" in device_bytes:
         if offload_folder is None:
             raise PlanError('the device map places modules on "disk"; say where with offload_folder=')
-        folder = Path(offload_folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_offload_folder(offload_folder)
         free = shutil.disk_usage(folder).free
         if free < device_bytes["disk"]:
             raise PlanError(f"{folder}: {device_bytes['disk']:,} bytes to offload, but {free:,} are free there")
@@ -330,12 +343,21 @@ def move_buffers(model: nn.Module, device_of: Callable[[str], str]) -> None:
                 module._buffers[attribute] = buffer.to("cpu" if device == "disk" else device)
 
 
-def _attach_generation_config(model: Any, folder: Path) -> None:
+def read_generation_config(folder: Path) -> Any:
+    """The folder's generation_config.json as transformers reads it, None where there is none.
+
+    Raises CheckpointError for one that transformers refuses.
+    """
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = model.name_or_path = str(folder)
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # as many kinds as there are ways to garble it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{file}: transformers refuses it: {reason[:400]}; remove it to use defaults") from error
 
 
 def check_context(tokens: int, context: int) -> None:
@@ -349,7 +371,8 @@ def check_context(tokens: int, context: int) -> None:
 
 def _context_check(context: int) -> Callable[..., None]:
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = next((value for value in (*args[:1], kwargs.get("input_ids")) if value is not None), None)
+        inputs = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        inputs = args[0] if args and args[0] is not None else inputs
         if inputs is not None:
             cache = kwargs.get("past_key_values")
             check_context((cache.get_seq_length() if cache is not None else 0) + inputs.shape[1], context)

@@ -23,14 +23,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
-from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoint import open_checkpoint
 from .config import Int8Config
 from .errors import BigInt8Error, WorkerError
 from .hardware import Device, DeviceKind, cpu_device, cuda_devices
-from .loader import LoadReport, check_context, load_stage
+from .loader import LoadReport, check_context, load_stage, read_generation_config
 from .planner import Plan
 from .progress import LoadProgress
 
@@ -325,8 +325,9 @@ class Pipeline:
         """The transformers model that runs on the workers; `load` comes first."""
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = PipelineModel(hf_config, self, plan)
-        if (Path(folder) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        generation_config = read_generation_config(Path(folder))
+        if generation_config is not None:
+            model.generation_config = generation_config
         return model
 
     def step(

@@ -12,7 +12,7 @@ import torch
 from .errors import PlanError
 from .families import FAMILIES, Layout, layout_of
 from .hardware import DTYPE_BYTES, Device, cpu_device, cuda_devices, pick_dtype
-from .planner import GIB, Plan, fill_in_order, make_plan
+from .planner import Plan, check_request, fill_in_order, make_plan, readable
 from .stage import Skeleton
 
 DeviceMap = str | int | torch.device | Mapping[str, Any]
@@ -79,6 +79,7 @@ def resolve_device_map(
 
     Raises PlanError when the model does not fit, or a device map misses or invents modules or devices.
     """
+    check_request(hf_config.model_type, getattr(hf_config, "max_position_embeddings", None), context, batch_size)
     if isinstance(device_map, Mapping):
         named = {name: _device_name(device) for name, device in device_map.items()}
         dtype = pick_dtype(wanted_dtype, stored_dtype, [_device(d, max_memory) for d in set(named.values())])
@@ -114,8 +115,7 @@ def _plan_map(
     except PlanError:
         spill = list(devices)
         if offload_folder is not None:
-            folder = Path(offload_folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = make_offload_folder(offload_folder)
             spill.append(Device("disk", f"files in {folder}", shutil.disk_usage(folder).free, None))
         if len(spill) == len(gpus or devices):
             raise
@@ -215,7 +215,7 @@ def _check_room(
 
 def _too_small(device: str, needed: int, there: int) -> PlanError:
     return PlanError(
-        f"{device}: the model needs {needed / GIB:.2f} GiB there and {there / GIB:.2f} GiB may be used. What would help: "
+        f"{device}: the model needs {readable(needed)} there and {readable(there)} may be used. What would help: "
         "a device map over more devices, a larger max_memory, a shorter context, offload_folder= with device_map='auto'"
     )
 
@@ -226,9 +226,6 @@ def _usable(max_memory: Mapping[int | str, int | str] | None) -> list[Device]:
     if max_memory is None:
         return devices
     limits = _limits(max_memory)
-    if unknown := sorted(limits.keys() - {device.name for device in devices}):
-        there = ", ".join(device.name for device in devices)
-        raise PlanError(f"max_memory names {unknown[0]}, which this machine does not have; there are {there}")
     return [
         replace(device, usable_bytes=min(device.usable_bytes, limits[device.name]))
         for device in devices
@@ -237,12 +234,27 @@ def _usable(max_memory: Mapping[int | str, int | str] | None) -> list[Device]:
 
 
 def _limits(max_memory: Mapping[int | str, int | str]) -> dict[str, int]:
+    """Bytes by device name. Raises PlanError for a size that does not parse or a device that is not there."""
     from accelerate.utils import convert_file_size_to_int
 
     try:
-        return {_device_name(name): convert_file_size_to_int(size) for name, size in max_memory.items()}
-    except ValueError as error:
-        raise PlanError(f"max_memory: {error}") from None
+        limits = {_device_name(name): convert_file_size_to_int(size) for name, size in max_memory.items()}
+    except (ValueError, AttributeError, TypeError):
+        raise PlanError(f'max_memory: {dict(max_memory)!r} has a size that is not a number of bytes or like "20GiB"') from None
+    there = [device.name for device in (*cuda_devices(), cpu_device())]
+    if unknown := sorted(limits.keys() - set(there)):
+        raise PlanError(f"max_memory names {unknown[0]}, which this machine does not have; there are {', '.join(there)}")
+    return limits
+
+
+def make_offload_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder, made if it is not there. Raises PlanError if it cannot be."""
+    try:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"offload_folder {folder}: cannot be made or used: {error.strerror}") from None
+    return path
 
 
 def _device(name: str, max_memory: Mapping[int | str, int | str] | None) -> Device:

@@ -95,7 +95,7 @@ def make_plan(
     context is longer than the model's.
     """
     blocks, size = len(layout.blocks), DTYPE_BYTES[dtype]
-    _check_request(model, layout, context, batch_size)
+    check_request(model, layout.max_context, context, batch_size)
     if not devices:
         raise PlanError("no devices to place the model on")
     if len(devices) > blocks:
@@ -106,11 +106,20 @@ def make_plan(
     return plan
 
 
-def _check_request(model: str, layout: Layout, context: int, batch_size: int) -> None:
+def check_request(model: str, max_context: int | None, context: int, batch_size: int) -> None:
+    """Raise PlanError for a context or batch size that no device could serve."""
     if context < 1 or batch_size < 1:
         raise PlanError(f"context {context} and batch size {batch_size} must be at least 1")
-    if layout.max_context is not None and context > layout.max_context:
-        raise PlanError(f"context {context} is longer than the {layout.max_context} tokens that {model} was made for")
+    if max_context is not None and context > max_context:
+        raise PlanError(f"context {context} is longer than the {max_context} tokens that {model} was made for")
+
+
+def readable(size: int) -> str:
+    """A number of bytes for people: 1.50 GiB, 3.00 KiB."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(size) >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} bytes"
 
 
 def _stages(
@@ -186,10 +195,10 @@ def _does_not_fit(plan: Plan, layout: Layout, devices: Sequence[Device]) -> str:
             helps.append(f"a batch smaller than {plan.batch_size} (--batch-size)")
     helps.append("devices with more memory")
     return (
-        f"{plan.model} does not fit: it needs {(weights + kv + workspace) / GIB:.2f} GiB ({weights / GIB:.2f} weights, "
-        f"{kv / GIB:.2f} KV cache, {workspace / GIB:.2f} workspace) and {len(devices)} x {worst.device.model} have "
-        f"{there / GIB:.2f} GiB; stage {worst.index} on {worst.device.name} lacks "
-        f"{-worst.headroom_bytes / GIB:.2f} GiB. What would help: {'; '.join(helps)}"
+        f"{plan.model} does not fit: it needs {readable(weights + kv + workspace)} ({readable(weights)} of weights, "
+        f"{readable(kv)} of KV cache, {readable(workspace)} of workspace) and {len(devices)} x {worst.device.model} "
+        f"have {readable(there)}; stage {worst.index} on {worst.device.name} lacks {readable(-worst.headroom_bytes)}. "
+        f"What would help: {'; '.join(helps)}"
     )
 
 
@@ -236,7 +245,7 @@ def fill_in_order(
     Devices that are left empty are dropped. Raises PlanError when the last device is full too, or as `make_plan`.
     """
     size = DTYPE_BYTES[dtype]
-    _check_request(model, layout, context, batch_size)
+    check_request(model, layout.max_context, context, batch_size)
     stages = _fill(layout, devices, context, batch_size, size)
     if stages is None:
         devices = devices[: len(layout.blocks)]

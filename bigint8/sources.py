@@ -90,12 +90,19 @@ def find_source(
 
 
 def _existing(source: Source, folder: str | os.PathLike[str]) -> Path | None:
-    path = Path(folder).expanduser()
-    if path.is_file() and path.suffix == ".safetensors":
-        path = path.parent
-    if path.is_dir():
-        return path
-    source.looked.append(f"{path} (no such folder)")
+    path = Path(folder)
+    try:
+        path = path.expanduser()
+        if path.is_file() and path.suffix == ".safetensors":
+            path = path.parent
+        if path.is_dir():
+            return path
+        reason = "no such folder"
+    except OSError as error:  # too long a name, no permission
+        reason = error.strerror or "no such folder"
+    except RuntimeError:
+        reason = "no such user"
+    source.looked.append(f"{path} ({reason})")
     return None
 
 

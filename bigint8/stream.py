@@ -168,10 +168,10 @@ class RowStream:
             while view:
                 count = os.preadv(descriptor, [view], at)
                 if count == 0:
-                    name = read.pieces[-1].tensor.name
+                    cut = next(piece.tensor for piece in read.pieces if piece.tensor.stop > at)
                     raise CheckpointError(
-                        f"{read.file}: ends at byte {at:,} while reading tensor {name!r}, which goes on to byte "
-                        f"{read.stop:,}; the file was cut short while it was being read"
+                        f"{read.file}: ends at byte {at:,} while reading tensor {cut.name!r}, which goes on to byte "
+                        f"{cut.stop:,}; the file was cut short while it was being read"
                     )
                 view, at = view[count:], at + count
         except OSError as error:

@@ -78,7 +78,7 @@ def test_a_model_that_does_not_fit_gets_the_numbers_and_a_way_out():
         make_plan("opt-175b", layout, preset_gpus("rtx-3090", 6), "float16")
     message = str(error.value)
     assert "opt-175b" in message and "rtx" not in message and "RTX 3090" in message
-    assert "163.27 weights" in message and "141.00 GiB" in message and "8 such devices" in message
+    assert "163.27 GiB of weights" in message and "141.00 GiB" in message and "8 such devices" in message
     assert fewest_devices("opt-175b", layout, preset_gpus("rtx-3090", 1)[0], "float16") == 8
 
 

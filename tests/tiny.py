@@ -57,12 +57,14 @@ def tiny_config(kind: str, tied: bool) -> Any:
 
 
 def tiny_model(kind: str, tied: bool, dtype: torch.dtype = torch.float16) -> Any:
-    """A random model whose logits are far enough apart for greedy decoding to be a fair test."""
-    torch.manual_seed(sum(map(ord, kind)) + tied)
+    """A random model whose blocks outweigh its embeddings: it does not just repeat its last token."""
+    torch.manual_seed(sum(map(ord, kind)) + 2 * tied)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, tied))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
+            if parameter is model.get_input_embeddings().weight:
+                parameter.mul_(0.1)
             parameter.data = parameter.data.to(dtype)  # not the rotary frequencies: transformers keeps them in float32
     return model.eval()
 

@@ -1,0 +1,244 @@
+"""The pipeline over Ray workers: the same tokens as in one process, each byte read once, workers that may die."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny import SIX_FAMILIES, save_tiny
+from transformers import AutoTokenizer, TextIteratorStreamer
+
+from bigint8 import BigInt8Error, CheckpointError, Int8Config, WorkerError, load_sharded_int8
+from bigint8.checkpoint import open_checkpoint
+from bigint8.families import layout_of
+from bigint8.pipeline import Pipeline, PipelineCache, pack, unpack
+from bigint8.planner import make_plan
+from bigint8.sources import find_source
+
+CONTEXT = 100
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    with Pipeline(3, "cpu") as three:
+        yield three
+
+
+def load(pipeline, folder, workers, dtype="float32", context=CONTEXT, **config):
+    """A model on the first `workers` workers, and the reports of their loads."""
+    layout = layout_of(open_checkpoint(folder).config)
+    plan = make_plan(Path(folder).name, layout, pipeline.devices()[:workers], dtype, context)
+    reports = pipeline.load(folder, plan, Int8Config(**config), progress=False)
+    return pipeline.model(folder, plan), reports
+
+
+def in_one_process(folder, dtype="float32", **kwargs):
+    return load_sharded_int8(folder, dtype=dtype, context=CONTEXT, progress=False, **kwargs)
+
+
+def greedy(model, ids, tokens, mask=None, **kwargs):
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, **kwargs
+    )
+
+
+PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
+PADDED = torch.tensor([[0, 0, 0, 5, 17], [9, 8, 7, 6, 5], [0, 0, 33, 44, 55]])
+PADDED_MASK = (PADDED != 0).long()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [*SIX_FAMILIES, "opt-350m", "qwen2", "mistral"])
+def test_tokens_are_those_of_one_process_over_one_two_and_three_workers(pipeline, kind, tied, tmp_path):
+    save_tiny(kind, tied, tmp_path)
+    one = in_one_process(tmp_path)
+    single, batch = greedy(one, PROMPT, 16), greedy(one, PADDED, 16, PADDED_MASK)
+    assert single.shape == (1, 22) and len(set(single[0, 6:].tolist())) > 1
+    for workers in (1, 2, 3):
+        model, _ = load(pipeline, tmp_path, workers)
+        assert torch.equal(greedy(model, PROMPT, 16), single), f"{workers} workers"
+        assert torch.equal(greedy(model, PADDED, 16, PADDED_MASK), batch), f"{workers} workers, padded batch"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return find_source("smollm2-135m").folder
+
+
+@pytest.fixture(scope="module")
+def smollm2_inputs(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2, padding_side="left")
+    prompts = ["The capital of France is", "Water boils at a temperature of", "My favourite"]
+    return tokenizer(prompts[:1], return_tensors="pt"), tokenizer(prompts, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_smollm2_writes_the_same_64_tokens(pipeline, smollm2, smollm2_inputs, workers, one_smollm2):
+    model, _ = load(pipeline, smollm2, workers)
+    for inputs, expected in zip(smollm2_inputs, one_smollm2, strict=True):
+        tokens = greedy(model, inputs["input_ids"], 64, inputs["attention_mask"])
+        assert torch.equal(tokens, expected)
+
+
+@pytest.fixture(scope="module")
+def one_smollm2(smollm2, smollm2_inputs):
+    model = in_one_process(smollm2)
+    return [greedy(model, inputs["input_ids"], 64, inputs["attention_mask"]) for inputs in smollm2_inputs]
+
+
+def test_each_worker_reads_its_own_bytes_only_and_tied_weights_once(pipeline, smollm2):
+    _, reports = load(pipeline, smollm2, 2)
+    checkpoint = open_checkpoint(smollm2)
+    read = [set(), set()]
+    for i, report in enumerate(reports):
+        for file, start, stop in report.byte_ranges:
+            read[i] |= {
+                tensor.name
+                for tensor in checkpoint.tensors.values()
+                if tensor.file.name == file and tensor.start < stop and start < tensor.stop
+            }
+        assert report.bytes_read == sum(stop - start for _, start, stop in report.byte_ranges)
+    assert not read[0] & read[1]
+    assert read[0] | read[1] == checkpoint.tensors.keys()
+    assert "model.embed_tokens.weight" in read[0] and "model.norm.weight" in read[1]
+    assert sum(report.bytes_read for report in reports) == checkpoint.weight_bytes
+
+
+def test_workers_hold_the_bytes_that_were_planned(pipeline, tmp_path):
+    save_tiny("phi", False, tmp_path)
+    model, reports = load(pipeline, tmp_path, 3)
+    assert [sum(r.device_bytes.values()) for r in reports] == [stage.weight_bytes for stage in model.plan.stages]
+
+
+def test_all_of_generate_works(pipeline, tmp_path):
+    """Beam search reorders the workers' caches, assisted decoding crops them, sampling needs the logits alone."""
+    save_tiny("llama", True, tmp_path)
+    one = in_one_process(tmp_path)
+    model, _ = load(pipeline, tmp_path, 2)
+    for options in (
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ):
+        assert torch.equal(greedy(model, PROMPT, 12, **options), greedy(one, PROMPT, 12, **options)), options
+    sampled = []
+    for each in (one, model):
+        torch.manual_seed(0)
+        sampled.append(each.generate(input_ids=PROMPT, do_sample=True, top_k=20, max_new_tokens=12, pad_token_id=0))
+    assert torch.equal(*sampled)
+    with torch.no_grad():
+        assert torch.allclose(model(PROMPT).logits, one(PROMPT).logits, atol=1e-5)
+
+
+def test_text_is_streamed_as_it_is_made(pipeline, smollm2, smollm2_inputs):
+    model, _ = load(pipeline, smollm2, 2)
+    streamer = TextIteratorStreamer(AutoTokenizer.from_pretrained(smollm2), skip_prompt=True)
+    greedy(model, smollm2_inputs[0]["input_ids"], 8, streamer=streamer)
+    pieces = [piece for piece in streamer if piece]
+    assert len(pieces) > 2 and "Paris" in "".join(pieces)
+
+
+def kept_caches(pipeline):
+    import ray
+
+    return [ray.get(worker.__ray_call__.remote(lambda w: len(w._caches))) for worker in pipeline._workers]
+
+
+def test_workers_forget_a_sequence_when_the_caller_does(pipeline, tmp_path):
+    save_tiny("llama", True, tmp_path)
+    model, _ = load(pipeline, tmp_path, 2)
+    output = greedy(model, PROMPT, 4, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, PipelineCache)
+    assert kept_caches(pipeline)[:2] == [1, 1]
+    more = model(output.sequences[:, -1:], past_key_values=output.past_key_values)
+    assert more.logits.shape[1] == 1 and more.past_key_values.get_seq_length() == output.sequences.shape[1]
+    del output, more
+    assert kept_caches(pipeline)[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_that_dies_is_replaced_and_the_text_goes_on(pipeline, tmp_path, victim):
+    """The caller sees a pause. With 16-bit activations a prefill gives the very values that decoding gave."""
+    save_tiny("opt", True, tmp_path)
+    expected = greedy(in_one_process(tmp_path, config=Int8Config(activations="16bit")), PADDED, 20, PADDED_MASK)
+    model, _ = load(pipeline, tmp_path, 2, activations="16bit")
+
+    class KillAfterTen:
+        seen = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.seen += 1
+            if self.seen == 10:
+                os.kill(pipeline.infos[victim].pid, signal.SIGKILL)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    killed = pipeline.infos[victim].pid
+    assert torch.equal(greedy(model, PADDED, 20, PADDED_MASK, stopping_criteria=[KillAfterTen()]), expected)
+    assert pipeline.infos[victim].pid != killed and not psutil.pid_exists(killed)
+
+
+def test_a_damaged_checkpoint_is_a_checkpoint_error_and_nothing_stays_loaded(pipeline, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny("llama", True, tmp_path, shard="10GB")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][7, 7] = float("inf")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj"):
+        load(pipeline, tmp_path, 2)
+    with pytest.raises(WorkerError, match="no model is loaded"):
+        pipeline.step(PROMPT, None, [], None, None, 1, True)
+
+
+def test_a_sequence_longer_than_the_context_is_refused(pipeline, tmp_path):
+    save_tiny("llama", True, tmp_path)
+    model, _ = load(pipeline, tmp_path, 2, context=8)
+    with pytest.raises(BigInt8Error, match=r"9 tokens.*context of 8"):
+        greedy(model, PROMPT, 12)
+
+
+def test_the_local_cluster_listens_on_loopback_only(pipeline):
+    ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in ours]
+    assert len(listening) > 3
+    assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_too_many_workers_for_the_cluster_are_refused(pipeline):
+    with pytest.raises(WorkerError, match="--gpus 2: the cluster has 0 GPUs"):
+        Pipeline(2, "cuda")
+    with pytest.raises(WorkerError, match="--gpus 4000"):
+        Pipeline(4000, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+def test_tensors_cross_processes_bit_for_bit(dtype):
+    tensor = (torch.randn(3, 5) * 100).to(dtype)
+    back = unpack(pack(tensor), "cpu")
+    assert back.dtype == dtype and torch.equal(back, tensor)
+    assert unpack(pack(None), "cpu") is None
+
+
+def test_closing_leaves_no_ray_process(tmp_path):
+    """In a process of its own, as a cluster is one a process."""
+    import subprocess
+    import sys
+
+    program = (
+        "import psutil, sys\n"
+        "from bigint8.pipeline import Pipeline\n"
+        "with Pipeline(1, 'cpu') as p:\n"
+        "    print(*[c.pid for c in psutil.Process().children(recursive=True)], p.infos[0].pid)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    pids = [int(pid) for pid in result.stdout.split()]
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(pids) > 3 and not [pid for pid in pids if psutil.pid_exists(pid)]
