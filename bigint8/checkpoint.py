@@ -88,7 +88,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]
         raise CheckpointError(f"{folder}: no such folder")
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: no config.json, so the model's architecture is unknown; copy it from where the weights came from"
+            f"{folder}: no config.json, so the model's architecture is unknown; copy it from where the weights are from"
         )
     config = _read_json_object(path)
     if not isinstance(config.get("model_type"), str):
@@ -142,7 +142,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
     if pickles:
         raise CheckpointError(
             f"{folder}: only pickle weights ({pickles[0]}{', ...' if len(pickles) > 1 else ''}), which run code when "
-            "opened and are never opened here. If you trust them, convert once: python -c \"from transformers import "
+            'opened and are never opened here. If you trust them, convert once: python -c "from transformers import '
             f"AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\""
         )
     raise CheckpointError(f"{folder}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")

@@ -37,7 +37,7 @@ class Part:
 class Layout:
     """The sizes of a model: `blocks` decoder layers around the embeddings, the final norm and the head.
 
-    `head` lacks its matrix when it is tied to the embeddings. `kv_values` is the size of one token in one block's cache;
+    `head` lacks its matrix when it is tied to the embeddings. `kv_values` is the size of a token in a block's cache;
     `windows` holds each block's sliding window in tokens, None where it attends to all.
     """
 

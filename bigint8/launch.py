@@ -79,7 +79,9 @@ def launch(
     layout = layout_of(source.config(trust_remote_code))
     context = context or min(DEFAULT_CONTEXT, layout.max_context or DEFAULT_CONTEXT)
     if plan_only or source.folder is None:
-        devices, note = _devices_to_plan_for(layout, source, gpus, device.value, gpu_type, dtype.value, context, batch_size)
+        devices, note = _devices_to_plan_for(
+            layout, source, gpus, device.value, gpu_type, dtype.value, context, batch_size
+        )
         if note:
             console.print(note, soft_wrap=True)
         plan = make_plan(source.name, layout, devices, _plan_dtype(dtype, source, devices), context, batch_size)
@@ -107,12 +109,12 @@ def launch(
         if note:
             console.print(note)
     if (count or 1) > len(layout.blocks):
-        raise BigInt8Error(f"--gpus {count}: {source.name} has {len(layout.blocks)} blocks; use at most that many devices")
+        raise BigInt8Error(
+            f"--gpus {count}: {source.name} has {len(layout.blocks)} blocks; use at most that many devices"
+        )
     with Pipeline(count or 1, kind, address) as pipeline:  # type: ignore[arg-type]
         devices = pipeline.devices()
-        plan = make_plan(
-            source.name, layout, devices, pick_dtype(dtype.value, stored, devices), context, batch_size
-        )
+        plan = make_plan(source.name, layout, devices, pick_dtype(dtype.value, stored, devices), context, batch_size)
         print_plan(console, plan)
         load_started = time.perf_counter()
         reports = pipeline.load(source.folder, plan, Int8Config(threshold=threshold), True, trust_remote_code)
@@ -197,7 +199,7 @@ def _encode(tokenizer: Any, text: str, context: int) -> dict[str, Any]:
         raise BigInt8Error(f"--prompt {text!r}: no tokens in it")
     if len(ids) >= context:
         raise BigInt8Error(
-            f"--prompt: {len(ids)} tokens leave no room in a context of {context}; shorten the prompt or raise --context"
+            f"--prompt: {len(ids)} tokens leave no room in a context of {context}; shorten it or raise --context"
         )
     return {"text": text, "ids": ids}
 
@@ -250,7 +252,7 @@ class _Runner:
         return self._tokenizer.batch_decode(new, skip_special_tokens=True), max(made, 1)
 
     def chat(self) -> None:
-        """Prompt, answer, prompt: until end of input or Ctrl-C. Turns that no longer fit are forgotten, oldest first."""
+        """Prompt, answer, prompt, until end of input or Ctrl-C. Turns that no longer fit are forgotten first."""
         print("\nType a message; Ctrl-D or Ctrl-C ends.")
         turns: list[dict[str, str]] = []
         while True:
@@ -281,8 +283,8 @@ class _Runner:
                 return list(ids)
             if len(turns) <= 1:
                 raise BigInt8Error(
-                    f"{len(ids)} tokens leave no room in a context of {self._plan.context}; write less, or start with a "
-                    "larger --context"
+                    f"{len(ids)} tokens leave no room in a context of {self._plan.context}; write less, or start "
+                    "with a larger --context"
                 )
             del turns[:2]
 

@@ -80,7 +80,13 @@ def empty_like(
     weight: Tensor = linear.weight  # type: ignore[assignment]
     out_features, in_features = weight.shape[::-1] if is_transposed(linear) else weight.shape
     return Int8Linear(
-        in_features, out_features, linear.bias is not None, threshold, activations, device or weight.device, weight.dtype
+        in_features,
+        out_features,
+        linear.bias is not None,
+        threshold,
+        activations,
+        device or weight.device,
+        weight.dtype,
     )
 
 

@@ -158,7 +158,9 @@ def _transformers_config(auto_config: Any, checkpoint: Checkpoint, trust_remote_
         raise _refused(checkpoint, error) from error
 
 
-def _skeleton(checkpoint: Checkpoint, hf_config: Any, int8: Int8Config, dtype: str, trust_remote_code: bool) -> Skeleton:
+def _skeleton(
+    checkpoint: Checkpoint, hf_config: Any, int8: Int8Config, dtype: str, trust_remote_code: bool
+) -> Skeleton:
     try:
         return build_skeleton(hf_config, int8, getattr(torch, dtype), trust_remote_code)
     except Exception as error:  # the model's own code meets a config's values here, with as many kinds
@@ -193,7 +195,7 @@ def name_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Tensor
 
     model, wanted = skeleton.model, dict.fromkeys([*skeleton.slots, *skeleton.tied], True)
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    named = {}
+    named: dict[str, TensorInfo] = {}
     for name, tensor in checkpoint.tensors.items():
         ours = name
         if name not in wanted:
@@ -267,7 +269,7 @@ def _match(slots: dict[str, Slot], checkpoint: Checkpoint, named: dict[str, Tens
         more = f" and {len(missing) - SHOWN_NAMES} more" if len(missing) > SHOWN_NAMES else ""
         raise CheckpointError(
             f"{checkpoint.folder}: {len(missing)} tensor{'s are' if len(missing) > 1 else ' is'} missing: "
-            f"{', '.join(missing[:SHOWN_NAMES])}{more}; the checkpoint does not belong to its config.json, or is incomplete"
+            f"{', '.join(missing[:SHOWN_NAMES])}{more}; it is incomplete or not this config's"
         )
     tensors = {name: named[name] for name in slots}
     for name, tensor in tensors.items():
@@ -364,8 +366,8 @@ def check_context(tokens: int, context: int) -> None:
     """Raise BigInt8Error if a sequence outgrows what memory was planned for."""
     if tokens > context:
         raise BigInt8Error(
-            f"{tokens} tokens in one sequence, but the model was loaded for a context of {context}; shorten the prompt, "
-            "ask for fewer new tokens, or load with a larger context (--context)"
+            f"{tokens} tokens in one sequence, but the model was loaded for a context of {context}; shorten the "
+            "prompt, ask for fewer new tokens, or load with a larger context (--context)"
         )
 
 

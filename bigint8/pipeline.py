@@ -116,9 +116,7 @@ class Worker:
             self._progress = (done, total)
 
         checkpoint = open_checkpoint(folder, trust_remote_code)
-        self._stage, report = load_stage(
-            checkpoint, first, last, device, config, dtype, on_progress, trust_remote_code
-        )
+        self._stage, report = load_stage(checkpoint, first, last, device, config, dtype, on_progress, trust_remote_code)
         return report
 
     def unload(self) -> None:
@@ -209,8 +207,10 @@ class Pipeline:
             if address is not None:
                 ray.init(address=address, **quiet)
             else:
-                # The plan has counted the memory; Ray's own watchdog would kill workers on a machine that is nearly full
+                # The plan has counted the memory: Ray's watchdog would only kill workers where it is nearly full. And
+                # the workers are what this machine is to do, so they run at the priority of the driver.
                 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+                os.environ.setdefault("RAY_worker_niceness", "0")
                 with _loopback_only():
                     ray.init(
                         address="local",
@@ -447,11 +447,12 @@ class PipelineCache(Cache):
         self.edits: list[CacheEdit] = []
         self.tokens: Tensor | None = None
         self.positions: Tensor | None = None
+        self._finalizer: Callable[[], Any] | None = None
         self.renew()
 
     def renew(self) -> None:
         """A new id: the workers' caches for the old one are dropped, the tokens stay."""
-        if hasattr(self, "_finalizer"):
+        if self._finalizer is not None:
             self._finalizer()
         self.id = self._pipeline.new_cache_id()
         self.edits = []

@@ -1,4 +1,4 @@
-"""Where the modules of a model in one process live: `device_map` and `max_memory` made into a device for each module."""
+"""Where the modules of a model in one process live: a device for each, from `device_map` and `max_memory`."""
 
 import os
 import shutil
@@ -174,7 +174,7 @@ def _check_map(placement: Placement) -> None:
     if missing:
         names = list(dict.fromkeys(missing))
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        raise PlanError(f"device_map gives no device to {', '.join(names[:10])}{more}; add them, or \"\" for the rest")
+        raise PlanError(f'device_map gives no device to {", ".join(names[:10])}{more}; add them, or "" for the rest')
     for target, origin in skeleton.tied.items():
         try:
             apart = placement.device_of(target) != placement.device_of(origin)
@@ -202,15 +202,12 @@ def _check_room(
         needed[device] = needed.get(device, 0) + slot.nbytes
     if len(needed) == 1 and any(hf_config.model_type in family.model_types for family in FAMILIES):
         layout = layout_of(hf_config.to_dict())
-        caches = (
-            layout.kv_bytes(b, context, batch_size, DTYPE_BYTES[dtype]) for b in range(len(layout.blocks))
-        )
+        caches = (layout.kv_bytes(b, context, batch_size, DTYPE_BYTES[dtype]) for b in range(len(layout.blocks)))
         needed = {device: size + sum(caches) for device, size in needed.items()}
     for name, size in needed.items():
-        if name != "disk":
-            device = _device(name, max_memory)
-            if size > device.usable_bytes:
-                raise _too_small(name, size, device.usable_bytes)
+        usable = _device(name, max_memory).usable_bytes
+        if name != "disk" and size > usable:
+            raise _too_small(name, size, usable)
 
 
 def _too_small(device: str, needed: int, there: int) -> PlanError:
@@ -240,10 +237,14 @@ def _limits(max_memory: Mapping[int | str, int | str]) -> dict[str, int]:
     try:
         limits = {_device_name(name): convert_file_size_to_int(size) for name, size in max_memory.items()}
     except (ValueError, AttributeError, TypeError):
-        raise PlanError(f'max_memory: {dict(max_memory)!r} has a size that is not a number of bytes or like "20GiB"') from None
+        raise PlanError(
+            f'max_memory: {dict(max_memory)!r} has a size that is not a number of bytes or like "20GiB"'
+        ) from None
     there = [device.name for device in (*cuda_devices(), cpu_device())]
     if unknown := sorted(limits.keys() - set(there)):
-        raise PlanError(f"max_memory names {unknown[0]}, which this machine does not have; there are {', '.join(there)}")
+        raise PlanError(
+            f"max_memory names {unknown[0]}, which this machine does not have; there are {', '.join(there)}"
+        )
     return limits
 
 
@@ -269,7 +270,7 @@ def _device(name: str, max_memory: Mapping[int | str, int | str] | None) -> Devi
 
 
 def _device_name(device: Any) -> str:
-    """"cpu", "disk" or "cuda:N", from whatever people write in device maps."""
+    """ "cpu", "disk" or "cuda:N", from whatever people write in device maps."""
     if isinstance(device, int) and not isinstance(device, bool):
         return f"cuda:{device}"
     name = str(device)

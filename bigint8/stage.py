@@ -69,7 +69,7 @@ class Slot:
 
 @dataclass
 class Skeleton:
-    """A causal language model on the meta device: `slots` by name and `tied`, names that share another slot's tensor."""
+    """A causal language model on the meta device: `slots` by name; `tied`, names that share another slot's tensor."""
 
     model: Any
     slots: dict[str, Slot]
@@ -227,7 +227,7 @@ def _renumber(blocks: nn.Module) -> None:
     for index, block in enumerate(blocks.children()):
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = index
+                setattr(module, "layer_idx", index)  # noqa: B010  (a Module's attributes are typed as tensors)
 
 
 def _trim_config(config: Any, first_block: int, last_block: int) -> None:

@@ -155,7 +155,7 @@ class RowStream:
             self._files.clear()
 
     def _fill(self, read: Read, buffer: Tensor) -> None:
-        view = memoryview(buffer.numpy())[: read.stop - read.start]
+        view = buffer.numpy().data[: read.stop - read.start]
         at = read.start
         try:
             # Two readers may open the same file at once; setdefault keeps one descriptor, the other is closed.

@@ -46,6 +46,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 SIX_FAMILIES = ("llama", "opt", "bloom", "gpt_neox", "gpt2", "phi")
 VOCAB = 128
+NOISE = {"bloom": 0.12, "opt-350m": 0.12, "phi": 0.08}
+"""Size of the random weights, 0.2 elsewhere: large enough that greedy decoding does not repeat one token."""
 
 
 def tiny_config(kind: str, tied: bool) -> Any:
@@ -62,7 +64,7 @@ def tiny_model(kind: str, tied: bool, dtype: torch.dtype = torch.float16) -> Any
     model = AutoModelForCausalLM.from_config(tiny_config(kind, tied))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.08)
+            parameter.add_(torch.randn_like(parameter) * NOISE.get(kind, 0.2))
             if parameter is model.get_input_embeddings().weight:
                 parameter.mul_(0.1)
             parameter.data = parameter.data.to(dtype)  # not the rotary frequencies: transformers keeps them in float32

@@ -133,7 +133,7 @@ def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
     source = source_RK.contiguous().view(bits).numpy()
     _share_threads()
     with _numba_lock:
-        return _quantize_rows(source, out_RK.numpy(), scale_R.numpy()) == 0
+        return bool(_quantize_rows(source, out_RK.numpy(), scale_R.numpy()) == 0)
 
 
 @njit(parallel=True, nogil=True, cache=True)
