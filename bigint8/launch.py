@@ -108,11 +108,11 @@ def launch(
         count, kind = len(here), here[0].kind
         if note:
             console.print(note)
-    if (count or 1) > len(layout.blocks):
+    if count is not None and count > len(layout.blocks):
         raise BigInt8Error(
             f"--gpus {count}: {source.name} has {len(layout.blocks)} blocks; use at most that many devices"
         )
-    with Pipeline(count or 1, kind, address) as pipeline:  # type: ignore[arg-type]
+    with Pipeline(count, kind, address) as pipeline:  # type: ignore[arg-type]
         devices = pipeline.devices()
         plan = make_plan(source.name, layout, devices, pick_dtype(dtype.value, stored, devices), context, batch_size)
         print_plan(console, plan)

@@ -172,10 +172,11 @@ class Worker:
 class Pipeline:
     """The workers in order. Use as a context manager, or `close` it: that ends the workers and a cluster it started."""
 
-    def __init__(self, workers: int, device: DeviceKind = "auto", address: str | None = None) -> None:
+    def __init__(self, workers: int | None = None, device: DeviceKind = "auto", address: str | None = None) -> None:
         """Start `workers` actors on the cluster at `address`, or on one of their own that listens on loopback only.
 
-        Raises WorkerError if the cluster cannot be reached or has too few GPUs or CPUs.
+        By default as many as the cluster has GPUs, or one on a CPU. Raises WorkerError if the cluster cannot be
+        reached or has too few GPUs or CPUs.
         """
         self._started_ray = False
         self._group: Any = None
@@ -186,8 +187,8 @@ class Pipeline:
         self.infos: list[WorkerInfo] = []
         try:
             self._connect(workers, address)
-            self.kind = self._pick_kind(workers, device)
-            self._start_workers(workers)
+            self.kind, count = self._pick(workers, device)
+            self._start_workers(count)
         except BaseException:
             self.close()
             raise
@@ -198,7 +199,7 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connect(self, workers: int, address: str | None) -> None:
+    def _connect(self, workers: int | None, address: str | None) -> None:
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -214,7 +215,7 @@ class Pipeline:
                 with _loopback_only():
                     ray.init(
                         address="local",
-                        num_cpus=max(workers, os.cpu_count() or 1),
+                        num_cpus=max(workers or 1, os.cpu_count() or 1),
                         object_store_memory=OBJECT_STORE_BYTES,
                         include_dashboard=False,
                         **quiet,
@@ -225,15 +226,17 @@ class Pipeline:
             raise WorkerError(f"--address: {where} cannot be reached or started: {reason}") from error
         self._started_ray = True
 
-    def _pick_kind(self, workers: int, device: DeviceKind) -> str:
+    def _pick(self, workers: int | None, device: DeviceKind) -> tuple[str, int]:
+        """The kind of device and the number of workers."""
         there = ray.cluster_resources()
         gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
         kind = device if device != "auto" else ("cuda" if gpus else "cpu")
+        workers = workers or (gpus if kind == "cuda" and gpus else 1)
         if kind == "cuda" and gpus < workers:
             raise WorkerError(f"--gpus {workers}: the cluster has {gpus} GPUs; name at most that many, or --device cpu")
         if kind == "cpu" and cpus < workers:
             raise WorkerError(f"--gpus {workers}: the cluster has {cpus} CPUs for CPU workers; name at most that many")
-        return kind
+        return kind, workers
 
     def _start_workers(self, count: int) -> None:
         bundle = {"CPU": 1, "GPU": 1} if self.kind == "cuda" else {"CPU": 1}

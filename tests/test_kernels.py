@@ -1,5 +1,8 @@
 """Every path of the int8 arithmetic against its definition, and the definition against its paper and its peer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,17 @@ from hypothesis import strategies as st
 
 TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.01, torch.float32: 1e-4}
 DTYPES = sorted(TOLERANCE, key=str)
+
+
+@contextmanager
+def many_threads(wanted: bool) -> Iterator[None]:
+    """Kernels run on all threads however small their work, or on one however large."""
+    before = cpu.PARALLEL_VALUES
+    cpu.PARALLEL_VALUES = 0 if wanted else 2**62
+    try:
+        yield
+    finally:
+        cpu.PARALLEL_VALUES = before
 
 
 def random_weight(n: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,28 +52,37 @@ outlier_kinds = st.sampled_from(["none", "some", "all"])
 
 
 @settings(deadline=None, max_examples=150)
-@given(shapes, st.sampled_from(DTYPES), outlier_kinds, st.sampled_from(["int8", "16bit", "auto"]), st.booleans())
-def test_the_cpu_layer_equals_the_float64_definition(shape, dtype, outliers, activations, has_bias):
+@given(
+    shapes,
+    st.sampled_from(DTYPES),
+    outlier_kinds,
+    st.sampled_from(["int8", "16bit", "auto"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_cpu_layer_equals_the_float64_definition(shape, dtype, outliers, activations, has_bias, parallel):
     t, k, n = shape
     weight, scale = random_weight(n, k, seed=k)
     x = random_activations(t, k, dtype, outliers, seed=t)
     bias = torch.linspace(-1, 1, n).to(dtype) if has_bias else None
-    y = int8_linear(x, weight, scale, bias, 6.0, activations)
+    with many_threads(parallel):
+        y = int8_linear(x, weight, scale, bias, 6.0, activations)
     assert_close(y, reference.int8_linear(x, weight, scale, bias, 6.0, activations, torch.float64), dtype)
 
 
 @settings(deadline=None, max_examples=60)
-@given(shapes, outlier_kinds)
-def test_the_integer_and_the_float_product_give_the_same_decomposition(shape, outliers):
+@given(shapes, outlier_kinds, st.booleans())
+def test_the_integer_and_the_float_product_give_the_same_decomposition(shape, outliers, parallel):
     """Only one of them serves a given CPU, so each is called by name."""
     t, k, n = shape
     weight, scale = random_weight(n, k, seed=n)
     x = random_activations(t, k, torch.float32, outliers, seed=k)
     expected = reference.int8_linear(x, weight, scale, None, 6.0, "int8", torch.float64)
-    rounded = cpu.round_activations(x, 6.0)
-    assert_close(cpu.multiply_int8(x, weight, scale, 6.0), expected, torch.float32)
-    assert_close(cpu.multiply_float(rounded, weight, scale), expected, torch.float32)
-    assert_close(cpu.multiply_few_rows(rounded, weight, scale), expected, torch.float32)
+    with many_threads(parallel):
+        rounded = cpu.round_activations(x, 6.0)
+        assert_close(cpu.multiply_int8(x, weight, scale, 6.0), expected, torch.float32)
+        assert_close(cpu.multiply_float(rounded, weight, scale), expected, torch.float32)
+        assert_close(cpu.multiply_few_rows(rounded, weight, scale), expected, torch.float32)
 
 
 @settings(deadline=None, max_examples=60)
@@ -135,10 +158,11 @@ def test_a_value_at_the_threshold_is_an_outlier():
 
 
 @settings(deadline=None, max_examples=60)
-@given(shapes, outlier_kinds)
-def test_activations_are_quantized_bit_for_bit_as_defined(shape, outliers):
+@given(shapes, outlier_kinds, st.booleans())
+def test_activations_are_quantized_bit_for_bit_as_defined(shape, outliers, parallel):
     x = random_activations(shape[0], shape[1], torch.float32, outliers, seed=shape[2])
-    q, scale, mask = cpu.quantize_activations(x, 6.0)
+    with many_threads(parallel):
+        q, scale, mask = cpu.quantize_activations(x, 6.0)
     q_expected, scale_expected, mask_expected = reference.quantize_activations(x, 6.0)
     assert torch.equal(mask, mask_expected)
     assert torch.equal(scale, scale_expected)
@@ -152,14 +176,18 @@ def test_activations_are_quantized_bit_for_bit_as_defined(shape, outliers):
     st.sampled_from(DTYPES),
     st.booleans(),
     st.sampled_from([1.0, 1e-4, 3e4, 1e-38]),
+    st.booleans(),
 )
-def test_weights_are_quantized_bit_for_bit_as_defined(rows, k, dtype, transposed, spread):
+def test_weights_are_quantized_bit_for_bit_as_defined(rows, k, dtype, transposed, spread, parallel):
     generator = torch.Generator().manual_seed(rows * 1000 + k)
-    w = (torch.randn(k, rows, generator=generator).T if transposed else torch.randn(rows, k, generator=generator)) * spread
+    w = (
+        torch.randn(k, rows, generator=generator).T if transposed else torch.randn(rows, k, generator=generator)
+    ) * spread
     w = w.clamp(-6e4, 6e4).to(dtype)
     w[rows // 2] = 0
     out, scale = torch.full((rows, k), 99, dtype=torch.int8), torch.full((rows,), 99.0)
-    assert quantize_rows(w, out, scale)
+    with many_threads(parallel):
+        assert quantize_rows(w, out, scale)
     q_expected, scale_expected = reference.quantize_rows(w)
     assert torch.equal(out, q_expected)
     assert torch.equal(scale, scale_expected)
@@ -170,7 +198,9 @@ def test_weights_are_quantized_bit_for_bit_as_defined(rows, k, dtype, transposed
 def test_every_16_bit_pattern_is_read_right(dtype):
     """All float16 and bfloat16 numbers, one a row: absmax is the number itself, so the scale shows how it was read."""
     if dtype == torch.float32:
-        bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+        bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0)).to(
+            torch.int32
+        )
     else:
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     numbers = bits.view(dtype)

@@ -32,7 +32,12 @@ def by_hand(kind, tied, dtype=torch.float16, compute=torch.float32):
 
 def greedy(model, ids=PROMPT, tokens=8, **kwargs):
     return model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0, **kwargs
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **kwargs,
     )
 
 

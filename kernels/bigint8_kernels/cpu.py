@@ -22,10 +22,14 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .reference import SMALLEST_ABSMAX, Activations, resolve_activations
+from .reference import FEW_ROWS, SMALLEST_ABSMAX, Activations, resolve_activations
 
 SLICE_FLOATS = 2**18
 """Size of the float32 slice of a weight in `multiply_float`: 1 MiB stays in a core's L2 cache."""
+
+PARALLEL_VALUES = 2**20
+"""Kernels over fewer values run on one thread: at some 20 values a nanosecond they take less time than it takes to
+wake others, and on a busy machine much less, since numba and torch each wait for their own threads by spinning."""
 
 # numba's fallback threading layer aborts the process when two threads start parallel kernels at once.
 _numba_lock = threading.Lock()
@@ -103,10 +107,10 @@ def _scales(absmax):
     return absmax / np.float32(127.0), np.float32(127.0) * (np.float32(1.0) / absmax)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _quantize_rows(source_RK, out_RK, scale_R):
+@njit(nogil=True, cache=True)
+def _quantize_rows(source_RK, out_RK, scale_R, start, stop):
     bad = 0
-    for r in prange(source_RK.shape[0]):
+    for r in range(start, stop):
         row = source_RK[r]
         out = out_RK[r]
         largest = magnitude(row[0])
@@ -124,23 +128,33 @@ def _quantize_rows(source_RK, out_RK, scale_R):
     return bad
 
 
+@njit(parallel=True, nogil=True, cache=True)
+def _quantize_rows_parallel(source_RK, out_RK, scale_R, parts):
+    rows = source_RK.shape[0]
+    bad = 0
+    for part in prange(parts):
+        bad += _quantize_rows(source_RK, out_RK, scale_R, part * rows // parts, (part + 1) * rows // parts)
+    return bad
+
+
 def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
     """Quantize rows in place; a transposed source is copied first. False if a value is NaN or infinite."""
     if source_RK.numel() == 0:
         scale_R.zero_()
         return True
     bits = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.float32: torch.float32}[source_RK.dtype]
-    source = source_RK.contiguous().view(bits).numpy()
-    _share_threads()
+    arrays = source_RK.contiguous().view(bits).numpy(), out_RK.numpy(), scale_R.numpy()
+    parts = _threads(source_RK.numel())
+    if parts == 1:
+        return bool(_quantize_rows(*arrays, 0, len(source_RK)) == 0)
     with _numba_lock:
-        return bool(_quantize_rows(source, out_RK.numpy(), scale_R.numpy()) == 0)
+        return bool(_quantize_rows_parallel(*arrays, parts) == 0)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _find_outliers(x_TK, threshold, absmax_T, outliers_K):
+@njit(nogil=True, cache=True)
+def _find_outliers(x_TK, threshold, absmax_T, outliers_K, start, stop):
     """The absmax of each row, and a mark on each column with a value at or above the threshold."""
-    any_T = np.zeros(x_TK.shape[0], dtype=np.bool_)
-    for t in prange(x_TK.shape[0]):
+    for t in range(start, stop):
         row = x_TK[t]
         largest = np.uint32(0)
         for k in range(row.shape[0]):
@@ -149,78 +163,99 @@ def _find_outliers(x_TK, threshold, absmax_T, outliers_K):
                 largest = m
         absmax_T[t] = magnitude_to_float32(largest, row[0])
         if threshold > 0 and absmax_T[t] >= threshold:
-            any_T[t] = True
             for k in range(row.shape[0]):
                 if abs(row[k]) >= threshold:
                     outliers_K[k] = True
-    return any_T.any()
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _absmax_without(x_TK, outliers_K, absmax_T):
-    for t in prange(x_TK.shape[0]):
-        row = x_TK[t]
-        largest = np.uint32(0)
-        for k in range(row.shape[0]):
-            m = np.uint32(0) if outliers_K[k] else magnitude(row[k])
-            if m > largest:
-                largest = m
-        absmax_T[t] = magnitude_to_float32(largest, row[0])
+@njit(nogil=True, cache=True)
+def _absmax_without(row, outliers_K):
+    largest = np.uint32(0)
+    for k in range(row.shape[0]):
+        m = np.uint32(0) if outliers_K[k] else magnitude(row[k])
+        if m > largest:
+            largest = m
+    return magnitude_to_float32(largest, row[0])
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _to_int8(x_TK, outliers_K, absmax_T, q_TK, scale_T):
+@njit(nogil=True, cache=True)
+def _to_int8(x_TK, outliers_K, absmax_T, q_TK, scale_T, start, stop):
     """int8 values with outlier columns zero, and the scales of rows."""
-    for t in prange(x_TK.shape[0]):
-        scale_T[t], inverse = _scales(absmax_T[t])
-        for k in range(x_TK.shape[1]):
-            q_TK[t, k] = 0 if outliers_K[k] else round_to_int8(x_TK[t, k] * inverse)
+    some = outliers_K.any()
+    for t in range(start, stop):
+        row = x_TK[t]
+        scale_T[t], inverse = _scales(_absmax_without(row, outliers_K) if some else absmax_T[t])
+        for k in range(row.shape[0]):
+            q_TK[t, k] = 0 if outliers_K[k] else round_to_int8(row[k] * inverse)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _to_int8_grid(x_TK, outliers_K, absmax_T, rounded_TK):
+@njit(nogil=True, cache=True)
+def _to_int8_grid(x_TK, outliers_K, absmax_T, rounded_TK, start, stop):
     """X with all but the outlier columns rounded to the int8 grid of their row."""
-    for t in prange(x_TK.shape[0]):
-        scale, inverse = _scales(absmax_T[t])
-        for k in range(x_TK.shape[1]):
-            x = x_TK[t, k]
+    some = outliers_K.any()
+    for t in range(start, stop):
+        row = x_TK[t]
+        scale, inverse = _scales(_absmax_without(row, outliers_K) if some else absmax_T[t])
+        for k in range(row.shape[0]):
+            x = row[k]
             rounded_TK[t, k] = x if outliers_K[k] else np.float32(round_to_int8(x * inverse)) * scale
 
 
-def _outliers_and_absmax(x_TK: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, bool]:
-    t, k = x_TK.shape
-    absmax_T, outliers_K = np.empty(t, np.float32), np.zeros(k, np.bool_)
-    found = _find_outliers(x_TK, np.float32(threshold), absmax_T, outliers_K)
-    if found:
-        _absmax_without(x_TK, outliers_K, absmax_T)
-    return outliers_K, absmax_T, found
+@njit(parallel=True, nogil=True, cache=True)
+def _to_int8_parallel(x_TK, threshold, absmax_T, outliers_K, q_TK, scale_T, parts):
+    rows = x_TK.shape[0]
+    for part in prange(parts):
+        _find_outliers(x_TK, threshold, absmax_T, outliers_K, part * rows // parts, (part + 1) * rows // parts)
+    for part in prange(parts):
+        _to_int8(x_TK, outliers_K, absmax_T, q_TK, scale_T, part * rows // parts, (part + 1) * rows // parts)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _to_int8_grid_parallel(x_TK, threshold, absmax_T, outliers_K, rounded_TK, parts):
+    rows = x_TK.shape[0]
+    for part in prange(parts):
+        _find_outliers(x_TK, threshold, absmax_T, outliers_K, part * rows // parts, (part + 1) * rows // parts)
+    for part in prange(parts):
+        _to_int8_grid(x_TK, outliers_K, absmax_T, rounded_TK, part * rows // parts, (part + 1) * rows // parts)
 
 
 def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize_activations` of float32 X: int8 (T, K), float32 scales (T,), outlier mask (K,)."""
-    q_TK, scale_T = torch.empty(x_TK.shape, dtype=torch.int8), torch.empty(x_TK.shape[0])
-    with _numba_lock:
-        outliers_K, absmax_T, _ = _outliers_and_absmax(x_TK.numpy(), threshold)
-        _to_int8(x_TK.numpy(), outliers_K, absmax_T, q_TK.numpy(), scale_T.numpy())
+    t, k = x_TK.shape
+    x, limit, absmax_T, outliers_K = x_TK.numpy(), np.float32(threshold), np.empty(t, np.float32), np.zeros(k, np.bool_)
+    q_TK, scale_T = torch.empty(t, k, dtype=torch.int8), torch.empty(t)
+    parts = _threads(t * k)
+    if parts > 1:
+        with _numba_lock:
+            _to_int8_parallel(x, limit, absmax_T, outliers_K, q_TK.numpy(), scale_T.numpy(), parts)
+    else:
+        _find_outliers(x, limit, absmax_T, outliers_K, 0, t)
+        _to_int8(x, outliers_K, absmax_T, q_TK.numpy(), scale_T.numpy(), 0, t)
     return q_TK, scale_T, torch.from_numpy(outliers_K)
 
 
 def round_activations(x_TK: Tensor, threshold: float) -> Tensor:
     """Float32 X with every value outside the outlier columns rounded to its row's int8 grid (T, K)."""
+    t, k = x_TK.shape
+    x, limit, absmax_T, outliers_K = x_TK.numpy(), np.float32(threshold), np.empty(t, np.float32), np.zeros(k, np.bool_)
     rounded_TK = torch.empty_like(x_TK)
-    with _numba_lock:
-        outliers_K, absmax_T, _ = _outliers_and_absmax(x_TK.numpy(), threshold)
-        _to_int8_grid(x_TK.numpy(), outliers_K, absmax_T, rounded_TK.numpy())
+    parts = _threads(t * k)
+    if parts > 1:
+        with _numba_lock:
+            _to_int8_grid_parallel(x, limit, absmax_T, outliers_K, rounded_TK.numpy(), parts)
+    else:
+        _find_outliers(x, limit, absmax_T, outliers_K, 0, t)
+        _to_int8_grid(x, outliers_K, absmax_T, rounded_TK.numpy(), 0, t)
     return rounded_TK
 
 
 # --- products ----------------------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _few_rows(x_TK, weight_NK, scale_N, y_TN):
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _few_rows(x_TK, weight_NK, scale_N, y_TN, start, stop):
     tokens, features = x_TK.shape
-    for n in prange(weight_NK.shape[0]):
+    for n in range(start, stop):
         row = weight_NK[n]
         scale = scale_N[n]
         t = 0
@@ -248,11 +283,23 @@ def _few_rows(x_TK, weight_NK, scale_N, y_TN):
             t += 1
 
 
+@njit(parallel=True, nogil=True, cache=True)
+def _few_rows_parallel(x_TK, weight_NK, scale_N, y_TN, parts):
+    rows = weight_NK.shape[0]
+    for part in prange(parts):
+        _few_rows(x_TK, weight_NK, scale_N, y_TN, part * rows // parts, (part + 1) * rows // parts)
+
+
 def multiply_few_rows(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor) -> Tensor:
     """Float32 X (T, K) times int8 weights converted in registers: float32 (T, N)."""
     y_TN = torch.empty(x_TK.shape[0], weight_NK.shape[0])
-    with _numba_lock:
-        _few_rows(x_TK.numpy(), weight_NK.numpy(), scale_N.numpy(), y_TN.numpy())
+    arrays = x_TK.numpy(), weight_NK.numpy(), scale_N.numpy(), y_TN.numpy()
+    parts = _threads(weight_NK.numel() * x_TK.shape[0])
+    if parts > 1:
+        with _numba_lock:
+            _few_rows_parallel(*arrays, parts)
+    else:
+        _few_rows(*arrays, 0, len(weight_NK))
     return y_TN
 
 
@@ -269,12 +316,19 @@ def multiply_float(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor) -> Tensor:
     return y_TN.mul_(scale_N)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _rescale(acc_TN, x_scale_T, scale_N, y_TN):
-    for t in prange(acc_TN.shape[0]):
+@njit(nogil=True, cache=True)
+def _rescale(acc_TN, x_scale_T, scale_N, y_TN, start, stop):
+    for t in range(start, stop):
         x_scale = x_scale_T[t]
         for n in range(acc_TN.shape[1]):
             y_TN[t, n] = np.float32(acc_TN[t, n]) * (x_scale * scale_N[n])
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _rescale_parallel(acc_TN, x_scale_T, scale_N, y_TN, parts):
+    rows = acc_TN.shape[0]
+    for part in prange(parts):
+        _rescale(acc_TN, x_scale_T, scale_N, y_TN, part * rows // parts, (part + 1) * rows // parts)
 
 
 def multiply_int8(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, threshold: float) -> Tensor:
@@ -282,8 +336,13 @@ def multiply_int8(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, threshold: f
     q_TK, x_scale_T, outliers_K = quantize_activations(x_TK, threshold)
     acc_TN = torch._int_mm(q_TK, weight_NK.T)
     y_TN = torch.empty(acc_TN.shape)
-    with _numba_lock:
-        _rescale(acc_TN.numpy(), x_scale_T.numpy(), scale_N.numpy(), y_TN.numpy())
+    arrays = acc_TN.numpy(), x_scale_T.numpy(), scale_N.numpy(), y_TN.numpy()
+    parts = _threads(acc_TN.numel())
+    if parts > 1:
+        with _numba_lock:
+            _rescale_parallel(*arrays, parts)
+    else:
+        _rescale(*arrays, 0, len(acc_TN))
     columns = outliers_K.nonzero().squeeze(1)
     if columns.numel():
         w_NC = weight_NK.index_select(1, columns).float() * scale_N[:, None]
@@ -309,8 +368,7 @@ def int8_linear(
     x_TK = x_TK.detach().float().contiguous()
     weight_NK, scale_N = weight_NK.detach(), scale_N.detach()
     mode = resolve_activations(activations, tokens)
-    few = tokens <= 16
-    _share_threads()
+    few = tokens <= FEW_ROWS
     if mode == "int8" and has_int8_dot():
         y_TN = multiply_int8(x_TK, weight_NK, scale_N, threshold)
     else:
@@ -322,6 +380,10 @@ def int8_linear(
     return y_TN.to(dtype)
 
 
-def _share_threads() -> None:
-    """One setting for both libraries: numba uses as many threads as torch does."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def _threads(values: int) -> int:
+    """How many threads a kernel over so many values is worth, torch's number at most; numba is set to it."""
+    threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+    if values < PARALLEL_VALUES or threads == 1:
+        return 1
+    numba.set_num_threads(threads)
+    return threads

@@ -1,0 +1,205 @@
+"""The command line as a user meets it: real processes, what they print, how they end."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bigint8.hardware import cuda_devices
+from bigint8.sources import cache_folder
+
+LAUNCH = [sys.executable, "-m", "bigint8.launch"]
+
+
+def run(*arguments: str, timeout: float = 180, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCH, *arguments], capture_output=True, text=True, timeout=timeout, env=os.environ | env, check=False
+    )
+
+
+def test_a_plan_needs_neither_weights_nor_torch():
+    program = (
+        "import sys\n"
+        "from bigint8.launch import app\n"
+        "try: app(['--model', 'opt-175b', '--gpus', '8', '--plan-only', '--gpu-type', 'rtx-3090'])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules and 'ray' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "head room" in result.stdout and "KV cache" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if "cuda:" in line]
+    assert [row[2] for row in rows] == [f"{12 * i}-{12 * i + 11}" for i in range(8)]
+    assert rows[1][3:] == ["20.26", "1.12", "0.77", "1.35", "23.50"]
+
+
+@pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU")
+def test_a_plan_without_gpus_says_what_it_was_made_for_and_finds_the_fewest():
+    result = run("--model", "bloom-176b", "--plan-only")
+    assert result.returncode == 0
+    assert "no GPU was found: planned for 9 x NVIDIA GeForce RTX 3090" in result.stdout
+
+
+def test_weights_that_are_nowhere_print_the_plan_then_where_was_looked(tmp_path):
+    result = run("--model", "opt-175b", "--gpus", "8", "--gpu-type", "rtx-3090", BIGINT8_CACHE=str(tmp_path))
+    assert result.returncode == 2
+    assert "84-95" in result.stdout
+    assert result.stderr.startswith("error: no weights for opt-175b")
+    assert str(tmp_path / "opt-175b") in result.stderr and "--checkpoint" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU")
+def test_asking_for_a_gpu_where_there_is_none_is_an_error():
+    result = run("--model", "smollm2-135m", "--gpus", "2", "--device", "cuda")
+    assert result.returncode == 2 and "no CUDA GPU was found" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/model/at all"], "no folder, hub id or preset"),
+        (["--model", "opt-125m", "--plan-only", "--context", "4096"], "2048 tokens"),
+        (["--model", "opt-125m", "--plan-only", "--gpus", "20", "--gpu-type", "rtx-3090"], "12 blocks"),
+        (["--model", "opt-66b", "--plan-only", "--gpus", "1", "--gpu-type", "rtx-3090"], "4 such devices"),
+        (["--model", "opt-125m", "--plan-only", "--gpu-type", "voodoo-2"], "rtx-3090"),
+        (["--model", "smollm2-135m", "--gpus", "31", "--device", "cpu"], "30 blocks"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line_and_exits_with_2(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_two_workers_write_text_and_a_report(tmp_path):
+    report = tmp_path / "report.json"
+    prompts = ["The capital of France is", "Water boils at", "One, two, three,"]
+    result = run(
+        "--model", "smollm2-135m", "--gpus", "2", "--device", "cpu", "--max-new-tokens", "8", "--batch-size", "2",
+        "--json", str(report), *(word for prompt in prompts for word in ("--prompt", prompt)),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+    assert "worker 0" in result.stderr and "GB/s" in result.stderr, "plain progress lines"
+    written = json.loads(report.read_text())
+    assert [generation["prompt"] for generation in written["generations"]] == prompts
+    assert "Paris" in written["generations"][0]["text"]
+    assert len(written["plan"]["stages"]) == len(written["load"]) == 2
+    for stage, load in zip(written["plan"]["stages"], written["load"], strict=True):
+        assert sum(load["device_bytes"].values()) == stage["weight_bytes"]
+        assert load["bytes_read"] > 0 and load["peak_host_bytes"] > load["bytes_read"]
+    assert written["timings"]["load_seconds"] > 0
+
+
+class Terminal:
+    """A bigint8.launch in a pseudo-terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.main, side = pty.openpty()
+        self.process = subprocess.Popen(
+            [*LAUNCH, *arguments], stdin=side, stdout=side, stderr=side, start_new_session=True, close_fds=True
+        )
+        os.close(side)
+        self.seen = ""
+
+    def read_until(self, text: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.seen
+            if select.select([self.main], [], [], 0.2)[0]:
+                self.seen += os.read(self.main, 65536).decode(errors="replace")
+
+    def type(self, text: str) -> None:
+        self.seen = ""
+        os.write(self.main, text.encode())
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, seconds: float = 60) -> int:
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if select.select([self.main], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.main, 65536).decode(errors="replace")
+                except OSError:  # the other side is closed
+                    break
+        return self.process.wait(timeout=max(1, deadline - time.monotonic()))
+
+
+def assert_all_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
+
+
+def test_a_chat_answers_and_ctrl_c_ends_it_with_every_process():
+    terminal = Terminal("--model", "smollm2-135m", "--gpus", "2", "--device", "cpu", "--max-new-tokens", "12")
+    terminal.read_until("> ")
+    family = terminal.family()
+    assert any("raylet" in process.name() for process in family)
+    terminal.type("What is the capital of France?\n")
+    terminal.read_until("Paris")
+    terminal.read_until("\n> ")
+    terminal.type("\x03")
+    terminal.seen = ""
+    assert terminal.end() == 128 + signal.SIGINT
+    assert "Traceback" not in terminal.seen and "interrupted" in terminal.seen
+    assert_all_gone(family)
+
+
+def test_a_kill_while_loading_ends_every_process():
+    terminal = Terminal("--model", "smollm2-135m", "--gpus", "2", "--device", "cpu", "--prompt", "x")
+    terminal.read_until("head room")
+    family = terminal.family()
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.end() == 128 + signal.SIGTERM
+    assert "Traceback" not in terminal.seen
+    assert_all_gone(family)
+
+
+def test_a_wheel_runs_from_another_folder_and_adds_no_other_names(tmp_path):
+    """Its dependencies are those of this environment; bigint8 itself comes from the wheel."""
+    import site
+
+    root = Path(__file__).parent.parent
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(root)], check=True, timeout=180)
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=60)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    (wheel,) = tmp_path.glob("bigint8-*.whl")
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(packages), str(wheel)], check=True, timeout=60)
+    # a path in a .pth file is only a path: the editable install in that folder does not come along
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    python = str(environment / "bin" / "python")
+    program = (
+        "import bigint8, bigint8_kernels, importlib.util as u; print(bigint8.__file__)\n"
+        "print([n for n in ('kernels', 'launch', 'configs') if u.find_spec(n)])\n"
+    )
+    found = subprocess.run(
+        [python, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=True
+    )
+    assert found.stdout.splitlines() == [str(packages / "bigint8" / "__init__.py"), "[]"]
+    plan = subprocess.run(
+        [python, "-m", "bigint8.launch", "--model", "opt-13b", "--plan-only", "--gpu-type", "rtx-3060", "--gpus", "2"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False,
+    )  # fmt: skip
+    assert plan.returncode == 0 and "cuda:1" in plan.stdout, plan.stderr
+
+
+def test_the_cache_folder_can_be_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("BIGINT8_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("BIGINT8_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert sys.platform != "linux" or cache_folder() == tmp_path / "bigint8"

@@ -1,0 +1,211 @@
+"""The recipes of launch/: Ray accepts the cluster file, and submit.sh really submits, to a cluster that runs here."""
+
+import copy
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SUBMIT = ROOT / "launch" / "submit.sh"
+
+CLUSTER = """
+import socket, sys
+from ray.cluster_utils import Cluster
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+cluster = Cluster(
+    initialize_head=True,
+    head_node_args=dict(
+        num_cpus=4, object_store_memory=2**28, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
+        dashboard_agent_listen_port=0,
+    ),
+)
+print(cluster.webui_url, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+"""Runs a cluster until its stdin ends: `ray.init`, but beside another one its agent, which takes jobs, finds a port."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that runs, and what a client of it has in its environment."""
+
+    address: str
+    process: psutil.Process
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # tmp_path is too long for Ray's sockets
+        yield from run_cluster(folder)
+
+
+def run_cluster(folder: str) -> Iterator[Cluster]:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # everything binds to loopback
+        "RAY_TMPDIR": folder,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        address = process.stdout.readline().strip()
+        assert address, "the cluster did not start"
+        yield Cluster(f"http://{address}", psutil.Process(process.pid), environment)
+    finally:
+        process.stdin.close()
+        process.wait(120)
+
+
+def submit(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(SUBMIT), cluster.address, "--", *arguments]
+    return subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=600)
+
+
+# --- the cluster file --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "launch" / "ray-cluster.yaml").read_text())
+    return loaded
+
+
+def test_cluster_file_is_valid_for_ray(recipe: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(copy.deepcopy(recipe))
+    validate_config(prepared)
+    (node,) = prepared["available_node_types"].values()
+    assert (node["min_workers"], node["max_workers"]) == (2, 2)  # all boxes, always
+    assert prepared["head_start_ray_commands"] == recipe["head_start_ray_commands"]
+
+
+def test_a_key_that_ray_does_not_know_would_be_noticed(recipe: dict[str, Any]) -> None:
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    with pytest.raises(ValidationError, match="setup_command"):
+        validate_config(prepare_config(recipe | {"setup_command": []}))
+
+
+def test_cluster_file_starts_ray_with_options_that_it_has(recipe: dict[str, Any]) -> None:
+    from ray.scripts.scripts import start
+
+    for role in ("head", "worker"):
+        *_, line = recipe[f"{role}_start_ray_commands"]
+        arguments = line.partition("ray start ")[2].replace("$RAY_HEAD_IP", "192.0.2.1").split()
+        options = start.make_context("start", arguments).params
+        assert options["head"] == (role == "head")
+        assert (options["port"] or options["address"]) in (6379, "192.0.2.1:6379")
+
+
+def test_commands_of_the_cluster_file_are_shell(recipe: dict[str, Any]) -> None:
+    commands = [line for key, lines in recipe.items() if key.endswith("_commands") for line in lines]
+    assert len(commands) == 6
+    for command in commands:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+# --- submit.sh ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--"], ["http://127.0.0.1:1"], ["a", "b", "--", "c"]])
+def test_submit_says_how_to_use_it(arguments: list[str]) -> None:
+    done = subprocess.run([str(SUBMIT), *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "usage: launch/submit.sh [ADDRESS] -- ARGUMENTS..." in done.stderr
+
+
+def test_submit_without_a_cluster_there_fails(cluster: Cluster) -> None:
+    environment = cluster.environment | {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+    command = [str(SUBMIT), "--", "--model", "smollm2-135m"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "http://127.0.0.1:1" in done.stdout + done.stderr
+
+
+def test_submitted_job_generates_text_over_two_workers(cluster: Cluster) -> None:
+    prompt = "The capital of France is"
+    done = submit(cluster, "--model", "smollm2-135m", "--gpus", "2", "--prompt", prompt, "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{prompt} Paris" in done.stdout
+
+
+def test_arguments_arrive_unchanged(cluster: Cluster) -> None:
+    prompt = """He said: "it's $HOME, `id` \\ and *"  twice;"""
+    done = submit(cluster, "--model", "smollm2-135m", "--prompt", prompt, "--max-new-tokens", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"\n{prompt}" in done.stdout
+
+
+def test_a_job_that_fails_is_a_failure(cluster: Cluster) -> None:
+    done = submit(cluster, "--model", "no-such-model/")
+    assert done.returncode == 1
+    assert "error: --model no-such-model/" in done.stdout
+
+
+def test_a_job_that_is_stopped_is_a_failure(cluster: Cluster) -> None:
+    command = [
+        str(SUBMIT),
+        cluster.address,
+        "--",
+        "--model",
+        "smollm2-135m",
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "2000",
+    ]
+    watcher = subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True)
+    assert watcher.stdout is not None
+    found = next(filter(None, (re.search(r"Job '(.+?)' submitted", line) for line in watcher.stdout)))
+    stop = ["ray", "job", "stop", "--address", cluster.address, found[1]]
+    subprocess.run(stop, env=cluster.environment, check=True, capture_output=True, timeout=120)
+    rest, _ = watcher.communicate(timeout=120)
+    assert f"'{found[1]}' was stopped" in rest
+    assert watcher.returncode == 1
+
+
+def test_example_ray_job_runs_on_the_cluster(cluster: Cluster) -> None:
+    ray = shutil.which("ray", path=cluster.environment["PATH"])
+    assert ray is not None
+    script = str(ROOT / "examples" / "ray_job.py")
+    command = [ray, "job", "submit", "--address", cluster.address, "--", "python", script, "smollm2-135m", "3"]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 workers: The capital of France is Paris" in done.stdout
+
+
+def test_cluster_listens_on_loopback_only(cluster: Cluster) -> None:
+    listening = set()
+    for process in cluster.process.children(recursive=True):
+        try:
+            connections = process.net_connections("inet")
+        except psutil.NoSuchProcess:
+            continue
+        listening |= {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
+    assert listening
+    assert listening <= {"127.0.0.1", "::1"}

