@@ -113,6 +113,7 @@ def launch(
             f"--gpus {count}: {source.name} has {len(layout.blocks)} blocks; use at most that many devices"
         )
     with Pipeline(count, kind, address) as pipeline:  # type: ignore[arg-type]
+        _unwind_on_sigterm()  # again: Ray has put a handler in its place that aborts
         devices = pipeline.devices()
         plan = make_plan(source.name, layout, devices, pick_dtype(dtype.value, stored, devices), context, batch_size)
         print_plan(console, plan)
@@ -289,18 +290,19 @@ class _Runner:
             del turns[:2]
 
 
+def _unwind_on_sigterm() -> None:
+    """A plain kill ends the workers too: SystemExit unwinds through the pipeline's context manager."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main() -> None:
     """Run the command line; errors of bigint8 are printed without a traceback and exit with 2."""
-    # A plain kill ends the workers too: SystemExit unwinds through the pipeline's context manager.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _unwind_on_sigterm()
     try:
         app()
     except BigInt8Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

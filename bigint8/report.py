@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table: for each stage its device, blocks and GiB of weights, cache, workspace and head room."""
     title = f"{plan.model}: int8, the rest {plan.dtype}; context {plan.context}, batch {plan.batch_size}; sizes in GiB"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
     table.add_column("stage", justify="right")
     table.add_column("device", no_wrap=True)
     table.add_column("blocks", justify="right")
     for column in ("weights", "KV cache", "workspace", "head room", "usable"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for stage in plan.stages:
         sizes = (
             stage.weight_bytes,
@@ -49,7 +51,14 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def print_summary(console: Console, plan: Plan, reports: Sequence["LoadReport"], stored: str, seconds: float) -> None:
     """What the load did, for each worker and in all."""
-    table = Table(title="loaded; sizes in GiB", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="loaded; sizes in GiB",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     for column in ("worker", "read GB", "seconds", "GB/s", "on device", "peak host", "peak device"):
         table.add_column(column, justify="right")
     for i, report in enumerate(reports):

@@ -46,7 +46,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 SIX_FAMILIES = ("llama", "opt", "bloom", "gpt_neox", "gpt2", "phi")
 VOCAB = 128
-NOISE = {"bloom": 0.12, "opt-350m": 0.12, "phi": 0.06}
+NOISE = {"bloom": 0.12, "opt-350m": 0.12, "phi": 0.5}
 """Size of the random weights, 0.2 elsewhere: large enough that greedy decoding does not repeat one token."""
 
 
