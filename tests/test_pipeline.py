@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, TextIteratorStreamer
 
 from bigint8 import BigInt8Error, CheckpointError, Int8Config, WorkerError, load_sharded_int8
 from bigint8.checkpoint import open_checkpoint
+from bigint8.driver import PipelineCache
 from bigint8.families import layout_of
-from bigint8.pipeline import Pipeline, PipelineCache, pack, unpack
+from bigint8.pipeline import Pipeline
 from bigint8.planner import make_plan
 from bigint8.sources import find_source
+from bigint8.worker import pack, unpack
 
 CONTEXT = 100
 
@@ -183,6 +185,20 @@ def test_a_worker_that_dies_is_replaced_and_the_text_goes_on(pipeline, tmp_path,
     assert pipeline.infos[victim].pid != killed and not psutil.pid_exists(killed)
 
 
+def test_a_death_in_one_sequence_does_not_change_another(pipeline, tmp_path):
+    """The second sequence rests while the worker dies and is replaced for the first; then it goes on."""
+    save_tiny("llama", False, tmp_path)
+    model, _ = load(pipeline, tmp_path, 2, activations="16bit")
+    other = PROMPT.flip(1)
+    with torch.no_grad():
+        first, second = model(PROMPT, use_cache=True), model(other, use_cache=True)
+        expected = model(torch.cat([other, PROMPT[:, :1]], dim=1), logits_to_keep=1).logits
+        os.kill(pipeline.infos[1].pid, signal.SIGKILL)
+        model(PROMPT[:, :1], past_key_values=first.past_key_values)
+        resumed = model(PROMPT[:, :1], past_key_values=second.past_key_values).logits
+    assert torch.allclose(resumed, expected, atol=1e-5)
+
+
 def test_a_damaged_checkpoint_is_a_checkpoint_error_and_nothing_stays_loaded(pipeline, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -193,7 +209,7 @@ def test_a_damaged_checkpoint_is_a_checkpoint_error_and_nothing_stays_loaded(pip
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj"):
         load(pipeline, tmp_path, 2)
     with pytest.raises(WorkerError, match="no model is loaded"):
-        pipeline.step(PROMPT, None, [], None, None, 1, True)
+        pipeline.step(PROMPT, None, None, None, 1, True)
 
 
 def test_a_sequence_longer_than_the_context_is_refused(pipeline, tmp_path):

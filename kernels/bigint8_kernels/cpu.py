@@ -108,9 +108,9 @@ def _scales(absmax):
 
 
 @njit(nogil=True, cache=True)
-def _quantize_rows(source_RK, out_RK, scale_R, start, stop):
+def _quantize_rows(source_RK, out_RK, scale_R):
     bad = 0
-    for r in range(start, stop):
+    for r in range(source_RK.shape[0]):
         row = source_RK[r]
         out = out_RK[r]
         largest = magnitude(row[0])
@@ -128,27 +128,18 @@ def _quantize_rows(source_RK, out_RK, scale_R, start, stop):
     return bad
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _quantize_rows_parallel(source_RK, out_RK, scale_R, parts):
-    rows = source_RK.shape[0]
-    bad = 0
-    for part in prange(parts):
-        bad += _quantize_rows(source_RK, out_RK, scale_R, part * rows // parts, (part + 1) * rows // parts)
-    return bad
-
-
 def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
-    """Quantize rows in place; a transposed source is copied first. False if a value is NaN or infinite."""
+    """Quantize rows in place; a transposed source is copied first. False if a value is NaN or infinite.
+
+    One thread, without Python's lock: loading runs it beside the threads that read, and a parallel kernel would wait
+    for them at the end of every chunk.
+    """
     if source_RK.numel() == 0:
         scale_R.zero_()
         return True
     bits = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.float32: torch.float32}[source_RK.dtype]
-    arrays = source_RK.contiguous().view(bits).numpy(), out_RK.numpy(), scale_R.numpy()
-    parts = _threads(source_RK.numel())
-    if parts == 1:
-        return bool(_quantize_rows(*arrays, 0, len(source_RK)) == 0)
-    with _numba_lock:
-        return bool(_quantize_rows_parallel(*arrays, parts) == 0)
+    source = source_RK.contiguous().view(bits).numpy()
+    return bool(_quantize_rows(source, out_RK.numpy(), scale_R.numpy()) == 0)
 
 
 @njit(nogil=True, cache=True)
