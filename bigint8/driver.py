@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from ray.exceptions import RayActorError
 from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .errors import WorkerError
+from .errors import WorkerDied, WorkerError
 from .loader import check_context
 from .planner import Plan
 from .worker import CacheEdit, SequenceLost
@@ -27,14 +26,15 @@ class PipelineCache(Cache):
     """What the driver keeps of a batch of sequences: an id, the tokens so far and their positions.
 
     The keys and values are with the workers, from the first step on (`started`). Edits (beam search, assisted
-    decoding) are noted and go along with the next step. When the object goes, the workers forget the sequences.
+    decoding) are noted and go along with the next step. After a step that failed midway (`broken`) the stages disagree,
+    so the next one replays all tokens. When the object goes, the workers forget the sequences.
     """
 
     def __init__(self, pipeline: "Pipeline") -> None:
         super().__init__(layers=[])
         self._pipeline = pipeline
         self.edits: list[CacheEdit] = []
-        self.started = False
+        self.started = self.broken = False
         self.tokens: Tensor | None = None
         self.positions: Tensor | None = None
         self._finalizer: Callable[[], Any] | None = None
@@ -70,7 +70,7 @@ class PipelineCache(Cache):
 
     def note(self, tokens: Tensor, positions: Tensor | None) -> None:
         """These tokens have passed through the workers."""
-        self.edits, self.started = [], True
+        self.edits, self.started, self.broken = [], True, False
         self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
         if positions is not None:
             positions = positions.expand(tokens.shape[0], -1)
@@ -100,8 +100,9 @@ class PipelineModel(PreTrainedModel, GenerationMixin):
 
     main_input_name = "input_ids"
 
-    def __init__(self, config: Any, pipeline: "Pipeline", plan: Plan) -> None:
+    def __init__(self, config: Any, pipeline: "Pipeline", plan: Plan, generation: int) -> None:
         super().__init__(config)
+        self._generation = generation
         self.pipeline, self.plan = pipeline, plan
         self._dtype = getattr(torch, plan.dtype)
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -140,21 +141,26 @@ class PipelineModel(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = PipelineCache(self.pipeline)
         past = cache.get_seq_length() if cache is not None else 0
+        if self._generation != self.pipeline.generation:
+            raise WorkerError("the workers have loaded another model since; use the model of the last load")
         check_context(past + input_ids.shape[1], self.plan.context)
         keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else logits_to_keep or input_ids.shape[1]
         inputs, positions = input_ids, position_ids
         for attempt in range(MAX_RESTARTS + 1):
             try:
-                logits = self.pipeline.step(inputs, cache, attention_mask, positions, keep, self._tied)
-                break
-            except (RayActorError, SequenceLost) as error:
-                if attempt == MAX_RESTARTS:
-                    raise WorkerError(f"a worker died {attempt + 1} times in one step: {error}") from error
-                time.sleep(attempt)
-                self.pipeline.restart_dead()
-                if cache is not None:
+                if attempt:
+                    time.sleep(attempt - 1)
+                    self.pipeline.restart_dead()
+                if cache is not None and cache.broken:
                     inputs, positions = cache.replay(input_ids, position_ids)
                     keep = logits_to_keep + past if isinstance(logits_to_keep, Tensor) else keep
+                if cache is not None:
+                    cache.broken = True  # until the step is through: if it is not, some stages have these tokens
+                logits = self.pipeline.step(inputs, cache, attention_mask, positions, keep, self._tied)
+                break
+            except (WorkerDied, SequenceLost) as error:
+                if attempt == MAX_RESTARTS:
+                    raise WorkerError(f"a worker died {attempt + 1} times in one step: {error}") from error
         if cache is not None:
             cache.note(input_ids, position_ids)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)

@@ -15,3 +15,7 @@ class PlanError(BigInt8Error):
 
 class WorkerError(BigInt8Error):
     """A worker or the Ray cluster that cannot do its part."""
+
+
+class WorkerDied(WorkerError):
+    """A worker whose process or box is gone."""

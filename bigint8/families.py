@@ -38,7 +38,8 @@ class Layout:
     """The sizes of a model: `blocks` decoder layers around the embeddings, the final norm and the head.
 
     `head` lacks its matrix when it is tied to the embeddings. `kv_values` is the size of a token in a block's cache;
-    `windows` holds each block's sliding window in tokens, None where it attends to all.
+    `windows` holds each block's sliding window in tokens, None where it attends to all; `eager_heads` the heads whose
+    attention scores are written out, 0 where attention is fused.
     """
 
     embeddings: Part
@@ -52,6 +53,7 @@ class Layout:
     widest: int
     vocab: int
     max_context: int | None
+    eager_heads: int = 0
 
     def kv_bytes(self, block: int, context: int, batch_size: int, dtype_bytes: int) -> int:
         """Bytes of one block's cache once `batch_size` sequences of `context` tokens are in it."""
@@ -123,6 +125,7 @@ def _layout(
     head_bias: bool = False,
     windows: tuple[int | None, ...] | None = None,
     max_context: int | None = None,
+    eager_heads: int = 0,
 ) -> Layout:
     hidden, layers = _first(config, "hidden_size", "n_embd", "n_embed"), layers_of(config)
     vocab = config["vocab_size"]
@@ -138,6 +141,7 @@ def _layout(
         widest=widest,
         vocab=vocab,
         max_context=max_context,
+        eager_heads=eager_heads,
     )
 
 
@@ -236,6 +240,7 @@ def _bloom(config: Config) -> Layout:
         norm=2 * h,
         tied=config.get("tie_word_embeddings", True),
         embeddings=_others(config["vocab_size"] * h + 2 * h),
+        eager_heads=heads,
     )
 
 

@@ -131,7 +131,9 @@ def pick_dtype(requested: str, stored: str, devices: list[Device]) -> str:
     if all(device.kind == "cuda" for device in devices) and stored == "float16":
         return stored  # every GPU is fast at float16
     fast = {device.fast_16bit for device in devices}
-    return fast.pop() or "float32" if len(fast) == 1 else "float32"
+    if None in fast:
+        return "float32"
+    return str(fast.pop()) if len(fast) == 1 else "float16"  # a GPU that is slow at bfloat16 among others
 
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

@@ -275,12 +275,13 @@ class _Runner:
 
     def _fit(self, turns: list[dict[str, str]]) -> list[int]:
         """Token ids of the conversation; its oldest turns are dropped until it leaves room for an answer."""
+        room = min(self._max_new_tokens, self._plan.context // 4)
         while True:
             if self._tokenizer.chat_template:
                 ids = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
             else:
                 ids = self._tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"]
-            if len(ids) < self._plan.context:
+            if len(ids) + room <= self._plan.context:
                 return list(ids)
             if len(turns) <= 1:
                 raise BigInt8Error(

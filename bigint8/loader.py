@@ -5,7 +5,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .checkpoint import Checkpoint, TensorInfo, check_weight_dtypes, open_checkp
 from .config import Int8Config
 from .errors import BigInt8Error, CheckpointError, PlanError
 from .families import family_of
-from .placement import make_offload_folder, resolve_device_map
+from .placement import new_offload_folder, resolve_device_map
 from .progress import LoadProgress
 from .sources import find_source
 from .stage import Skeleton, Slot, StageModel, build_skeleton
@@ -70,7 +71,8 @@ def load_sharded_int8(
     max_memory: the most to use on each device, in bytes or as "20GiB", by GPU index or "cpu"; others are not used
     context, batch_size: tokens of each sequence and sequences at once to leave room for (2048, or the model's length
         if that is shorter); a longer prompt is refused
-    offload_folder: where weights that fit nowhere else are kept in files that are mapped into memory
+    offload_folder: where weights that fit nowhere else are kept in files that are mapped into memory, in a folder of
+        their own that goes when the model does
 
     The model has `hf_device_map` and `load_report`. Raises CheckpointError for a checkpoint that is missing or wrong,
     PlanError when it does not fit or the device map does not cover the model. Nothing half-loaded is returned.
@@ -99,18 +101,21 @@ def load_sharded_int8(
         device_map, skeleton_for, hf_config, stored, wanted_dtype, max_memory, context, batch_size, offload_folder
     )
     skeleton, model = placement.skeleton, placement.skeleton.model
+    offloaded = None
+    if "disk" in placement.device_map.values():
+        offloaded = new_offload_folder(offload_folder)
+        weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
     with LoadProgress([source.name], enabled=progress) as bars:
         report = _fill(
             skeleton.slots,
             checkpoint,
             name_tensors(checkpoint, skeleton),
+            skeleton.slots,
             placement.device_of,
             lambda done, total: bars.update(0, done, total),
-            offload_folder,
+            offloaded,
         )
-    for target, origin in skeleton.tied.items():
-        parent, _, attribute = target.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, model.get_parameter(origin))
+    skeleton.tie()
     placement.finish(model)
     if generation_config is not None:
         model.generation_config = generation_config
@@ -141,11 +146,9 @@ def load_stage(
     skeleton = _skeleton(checkpoint, hf_config, config, dtype, trust_remote_code)
     named = name_tensors(checkpoint, skeleton)
     stage = StageModel(skeleton, family, first_block, last_block)
-    report = _fill(stage.slots, checkpoint, named, lambda name: device, on_progress)
-    if stage.has_head and skeleton.tied:
-        for target, origin in skeleton.tied.items():
-            parent, _, attribute = target.rpartition(".")
-            setattr(skeleton.model.get_submodule(parent), attribute, skeleton.model.get_parameter(origin))
+    report = _fill(stage.slots, checkpoint, named, skeleton.slots, lambda name: device, on_progress)
+    if stage.has_head:
+        skeleton.tie()
     move_buffers(stage, lambda name: device)
     return stage.eval(), report
 
@@ -213,18 +216,23 @@ def _fill(
     slots: dict[str, Slot],
     checkpoint: Checkpoint,
     named: dict[str, TensorInfo],
+    wanted: Collection[str],
     device_of: Callable[[str], str],
     on_progress: OnProgress | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
+    offloaded: Path | None = None,
 ) -> LoadReport:
-    """Check everything, allocate everything, then stream: the order in which a user wants to hear of trouble."""
+    """Check everything, allocate everything, then stream: the order in which a user wants to hear of trouble.
+
+    `named` are the checkpoint's tensors by the model's names, `wanted` the names of the whole model, of which `slots`
+    may be a stage.
+    """
     started = time.perf_counter()
     tensors = _match(slots, checkpoint, named)
     devices = {name: device_of(name) for name in slots}
     device_bytes: dict[str, int] = {}
     for name, slot in slots.items():
         device_bytes[devices[name]] = device_bytes.get(devices[name], 0) + slot.nbytes
-    _allocate(slots, devices, device_bytes, offload_folder)
+    _allocate(slots, devices, device_bytes, offloaded)
     slot_of = {tensor.name: slots[name] for name, tensor in tensors.items()}
     whole = {tensor.name for name, tensor in tensors.items() if slots[name].transposed}
     on_gpu = any(device.startswith("cuda") for device in devices.values())
@@ -244,7 +252,7 @@ def _fill(
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=sum(torch.cuda.max_memory_allocated(d) for d in device_bytes if d.startswith("cuda")),
         byte_ranges=[(read.file.name, read.start, read.stop) for read in stream.reads],
-        unused=_unused(checkpoint, named, slots),
+        unused=sorted(tensor.name for name, tensor in named.items() if name not in wanted),
     )
 
 
@@ -256,10 +264,6 @@ def peak_host_bytes() -> int:
 
 def _plain_dtype(slots: Iterable[Slot]) -> torch.dtype:
     return next((slot.dtype for slot in slots if not slot.is_int8), torch.float32)
-
-
-def _unused(checkpoint: Checkpoint, named: dict[str, TensorInfo], slots: dict[str, Slot]) -> list[str]:
-    return sorted(tensor.name for name, tensor in named.items() if name not in slots)
 
 
 def _match(slots: dict[str, Slot], checkpoint: Checkpoint, named: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -283,25 +287,18 @@ def _match(slots: dict[str, Slot], checkpoint: Checkpoint, named: dict[str, Tens
 
 
 def _allocate(
-    slots: dict[str, Slot],
-    devices: dict[str, str],
-    device_bytes: dict[str, int],
-    offload_folder: str | os.PathLike[str] | None,
+    slots: dict[str, Slot], devices: dict[str, str], device_bytes: dict[str, int], offloaded: Path | None
 ) -> None:
     """All memory at once. Raises PlanError with the numbers if a device or the offload folder has too little."""
-    folder = None
-    if "disk" in device_bytes:
-        if offload_folder is None:
-            raise PlanError('the device map places modules on "disk"; say where with offload_folder=')
-        folder = make_offload_folder(offload_folder)
-        free = shutil.disk_usage(folder).free
+    if offloaded is not None:
+        free = shutil.disk_usage(offloaded).free
         if free < device_bytes["disk"]:
-            raise PlanError(f"{folder}: {device_bytes['disk']:,} bytes to offload, but {free:,} are free there")
+            raise PlanError(f"{offloaded}: {device_bytes['disk']:,} bytes to offload, but {free:,} are free there")
     for name, slot in slots.items():
         device = devices[name]
         try:
-            if device == "disk" and folder is not None and torch.Size(slot.shape).numel():
-                slot.allocate("cpu", str(folder / f"{name}.dat"))
+            if device == "disk" and offloaded is not None and torch.Size(slot.shape).numel():
+                slot.allocate("cpu", str(offloaded / f"{name}.dat"))
             else:
                 slot.allocate("cpu" if device == "disk" else device)
         except torch.OutOfMemoryError as error:

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 from .config import Int8Config
 from .driver import PipelineCache, PipelineModel
-from .errors import BigInt8Error, WorkerError
+from .errors import BigInt8Error, WorkerDied, WorkerError
 from .hardware import Device, DeviceKind
 from .loader import LoadReport, read_generation_config
 from .planner import Plan
@@ -54,7 +54,7 @@ class Pipeline:
         self._group: Any = None
         self._workers: list[Any] = []
         self._load: Callable[[int], Any] | None = None
-        self._stages = 0
+        self._stages = self.generation = 0  # stages loaded, and how many models were loaded so far
         self._ids = itertools.count()
         self._restarting = threading.Lock()  # sequences in several threads may see the same worker die
         self.infos: list[WorkerInfo] = []
@@ -175,32 +175,37 @@ class Pipeline:
                 trust_remote_code,
             )
 
-        self._load, self._stages = start, len(plan.stages)
-        for worker in self._workers[self._stages :]:
+        self._load, self._stages, self.generation = None, 0, self.generation + 1
+        for worker in self._workers:
             worker.unload.remote()
-        loads = [start(i) for i in range(self._stages)]
-        infos = self.infos[: self._stages]
-        names = [f"worker {i} ({info.host}, {info.device.name})" for i, info in enumerate(infos)]
-        with LoadProgress(names, enabled=progress) as bars:
-            waiting = loads
-            while waiting:
-                _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
-                asked = [worker.progress.remote() for worker in self._workers[: self._stages]]
-                for i, (done, total) in enumerate(self._get(asked)):
-                    if total:
-                        bars.update(i, done, total)
         try:
-            return cast(list[LoadReport], self._get(loads))
+            reports = self._watch([start(i) for i in range(len(plan.stages))], progress)
         except BaseException:
-            self._load, self._stages = None, 0
             for worker in self._workers:
                 worker.unload.remote()
             raise
+        self._load, self._stages = start, len(plan.stages)
+        return reports
+
+    def _watch(self, loads: list[Any], progress: bool) -> list[LoadReport]:
+        """Show how far the workers are until all are done, or the first has failed."""
+        workers = list(zip(self._workers, self.infos, strict=True))[: len(loads)]
+        names = [f"worker {i} ({info.host}, {info.device.name})" for i, (_, info) in enumerate(workers)]
+        with LoadProgress(names, enabled=progress) as bars:
+            waiting = loads
+            while waiting:
+                ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+                self._get(ready)
+                asked = [worker.progress.remote() for worker, _ in workers]
+                for i, (done, total) in enumerate(self._get(asked)):
+                    if total:
+                        bars.update(i, done, total)
+        return cast(list[LoadReport], self._get(loads))
 
     def model(self, folder: str | os.PathLike[str], plan: Plan, trust_remote_code: bool = False) -> PipelineModel:
         """The transformers model that runs on the workers; `load` comes first."""
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = PipelineModel(hf_config, self, plan)
+        model = PipelineModel(hf_config, self, plan, self.generation)
         generation_config = read_generation_config(Path(folder))
         if generation_config is not None:
             model.generation_config = generation_config
@@ -271,11 +276,13 @@ class Pipeline:
             cause = error.cause
             if isinstance(cause, BigInt8Error):
                 raise cause from None
-            if isinstance(cause, RayActorError):
-                raise cause from None
+            if isinstance(cause, RayActorError):  # of the worker before this one in a step
+                raise WorkerDied(str(cause)) from error
             raise WorkerError(f"a worker failed: {type(cause).__name__}: {cause}") from error
         except GetTimeoutError:
             raise WorkerError(f"a worker did not answer within {timeout:.0f} s; ray status shows the cluster") from None
+        except RayError as error:
+            raise WorkerDied(f"a worker died, or its box went away: {error}") from error
 
     def close(self) -> None:
         """End the workers; end the cluster, or the connection to it, that this pipeline began."""
@@ -286,7 +293,7 @@ class Pipeline:
                 remove_placement_group(self._group)
             if self._started_ray:
                 ray.shutdown()
-        self._workers, self._group = [], None
+        self._workers, self._group, self._load, self._stages = [], None, None, 0
 
 
 @contextlib.contextmanager

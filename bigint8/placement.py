@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import PlanError
 from .families import FAMILIES, Layout, layout_of
@@ -47,11 +49,21 @@ class Placement:
         model.hf_device_map = {name: _short(device) for name, device in self.device_map.items()}
         devices = {_where(device) for device in self.device_map.values()}
         if len(devices) > 1:
-            from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+            follow_devices(model, lambda name: _where(buffer_device(name)))
 
-            for name, device in self.device_map.items():
-                add_hook_to_module(model.get_submodule(name), AlignDevicesHook(execution_device=_where(device)))
-            add_hook_to_module(model, AlignDevicesHook(io_same_device=True))
+
+def follow_devices(model: nn.Module, device_of: Callable[[str], str]) -> None:
+    """Send each module's inputs to the device of its weights, and the model's output to the device of its input.
+
+    `device_of` gives the device of a module by name. Only modules that hold tensors of their own need it; what they
+    return stays where it was computed.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for name, module in list(model.named_modules()):
+        if name and (module._parameters or module._buffers):
+            add_hook_to_module(module, AlignDevicesHook(execution_device=device_of(name)))
+    add_hook_to_module(model, AlignDevicesHook(io_same_device=True))
 
 
 def _where(device: str) -> str:
@@ -91,12 +103,15 @@ def resolve_device_map(
         devices = _usable(max_memory)
     else:
         devices = [_device(_device_name(device_map), max_memory)]
-    dtype = pick_dtype(wanted_dtype, stored_dtype, devices)
+    fast = [device for device in devices if device.kind == "cuda"] or devices  # the CPU may get what they cannot hold
+    dtype = pick_dtype(wanted_dtype, stored_dtype, fast)
     skeleton = skeleton_for(dtype)
     if all(hf_config.model_type not in family.model_types for family in FAMILIES):
         return _place_unknown(skeleton, devices)
     layout = layout_of(hf_config.to_dict())
-    return Placement(skeleton, _plan_map(skeleton, layout, devices, dtype, context, batch_size, offload_folder))
+    placement = Placement(skeleton, _plan_map(skeleton, layout, devices, dtype, context, batch_size, offload_folder))
+    _check_room(placement, max_memory, hf_config, context, batch_size, dtype)  # skipped modules are not in the plan
+    return placement
 
 
 def _plan_map(
@@ -161,9 +176,8 @@ def _check_map(placement: Placement) -> None:
     """Every tensor has a device, every name is a module's, and what is tied lies together."""
     skeleton = placement.skeleton
     modules = {name for name, _ in skeleton.model.named_modules()}
-    tensors = {*skeleton.slots, *skeleton.tied}
     for name in placement.device_map:
-        if name not in modules and name not in tensors:
+        if name not in modules:
             raise PlanError(f"device_map names {name!r}, which is no module of this model")
     missing = []
     for name in skeleton.slots:
@@ -246,6 +260,17 @@ def _limits(max_memory: Mapping[int | str, int | str]) -> dict[str, int]:
             f"max_memory names {unknown[0]}, which this machine does not have; there are {', '.join(there)}"
         )
     return limits
+
+
+def new_offload_folder(folder: str | os.PathLike[str] | None) -> Path:
+    """A folder for one model's files below the named one. Raises PlanError if none is named or it cannot be used."""
+    if folder is None:
+        raise PlanError('the device map places modules on "disk"; say where with offload_folder=')
+    path = make_offload_folder(folder)
+    try:
+        return Path(tempfile.mkdtemp(prefix="bigint8-", dir=path))
+    except OSError as error:
+        raise PlanError(f"offload_folder {folder}: cannot be made or used: {error.strerror}") from None
 
 
 def make_offload_folder(folder: str | os.PathLike[str]) -> Path:

@@ -60,12 +60,15 @@ def workspace_bytes(layout: Layout, context: int, batch_size: int, dtype_bytes: 
     """An estimate of a forward pass's memory when a prompt fills the context: computed, not measured.
 
     Per token: the residual stream, its norm, and q, k and v (five hidden vectors), two of the widest layer's outputs.
-    Besides: the cache of one block twice (a growing cache is copied to grow), the logits, the staging ring.
+    Besides: the cache of one block twice (a growing cache is copied to grow), the logits, slices of a weight and of
+    activations in float32, the staging ring; and where attention is not fused (BLOOM), its scores in the model's dtype
+    and their softmax in float32.
     """
     tokens = context * batch_size
     activations = tokens * (5 * layout.hidden + 2 * layout.widest) * dtype_bytes
     growing = max(layout.kv_bytes(b, context, batch_size, dtype_bytes) for b in range(len(layout.blocks)))
-    return activations + growing + batch_size * layout.vocab * 4 + STAGING_BYTES
+    scores = batch_size * layout.eager_heads * context**2 * (2 * dtype_bytes + 4)
+    return activations + growing + scores + batch_size * layout.vocab * 4 + 3 * STAGING_BYTES
 
 
 def stage_part(layout: Layout, first_block: int, last_block: int) -> Part:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -12,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import read_config
+from .checkpoint import INDEX_FILE, SINGLE_FILE, read_config
 from .errors import CheckpointError
 from .presets import ModelPreset, WheelSource, find_preset, preset_names
 
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
+NOT_HUB_FILES = ["consolidated*", "original/*"]
+"""Second copies of the weights, in other layouts."""
+
 SHARD_SIZE = "50MB"
 """Of the checkpoint that is made from a GGUF file: small, so that even a small model streams as shards."""
 
@@ -114,21 +118,38 @@ def _from_hub(source: Source, hub_id: str, revision: str | None, fetch: bool) ->
     """The hub's snapshot, from its cache if it is whole there; None, noting why, if it cannot be had."""
     if not _is_hub_id(hub_id):
         return None
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    files: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": NOT_HUB_FILES, "revision": revision}
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
-    except Exception:
-        source.looked.append(f"the hub's cache, {HF_HUB_CACHE}, for {hub_id} (not there)")
-    if not fetch:
-        return None
+        cached = Path(snapshot_download(hub_id, local_files_only=True, **files))
+        if _has_weights(cached):  # another program may have fetched the tokenizer alone
+            return cached
+    except Exception:  # not there, under one of several names
+        pass
+    source.looked.append(f"the hub's cache, {HF_HUB_CACHE}, for {hub_id} (not there, or not whole)")
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+        if not fetch:  # for a plan the config is enough
+            return None if source.preset else Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
+        return Path(snapshot_download(hub_id, **files))
     except Exception as error:  # the hub's client raises many kinds, by transport and status
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         source.looked.append(f"the hub, {hub_id} ({reason[:200]})")
         return None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot has its config, and the single file or the index with every shard."""
+    if not (folder / "config.json").is_file():
+        return False
+    if (folder / SINGLE_FILE).is_file():
+        return True
+    try:
+        shards = set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values())
+        return all((folder / shard).is_file() for shard in shards)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
 
 
 def convert_wheel(preset: ModelPreset, wheel: WheelSource) -> Path:

@@ -76,6 +76,11 @@ class Skeleton:
     tied: dict[str, str]
     head: str | None
 
+    def tie(self) -> None:
+        """Let the tied names share the tensors that their slots hold by now."""
+        for target, source in self.tied.items():
+            _set(self.model, target, self.model.get_parameter(source))
+
 
 def build_skeleton(config: Any, int8: Int8Config, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
     """Build the model that a transformers config describes, its linear layers replaced by empty Int8Linears.
@@ -92,10 +97,10 @@ def build_skeleton(config: Any, int8: Int8Config, dtype: torch.dtype, trust_remo
     head_module = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is head_module), None)
     tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
-    for target, source in tied.items():  # tie them here too, so that each parameter counts once
-        _set(model, target, model.get_parameter(source))
     transposed = _replace_linears(model, int8, head, tied)
-    return Skeleton(model, _slots(model, tied, transposed), tied, head)
+    skeleton = Skeleton(model, _slots(model, tied, transposed), tied, head)
+    skeleton.tie()  # so that each parameter counts once
+    return skeleton
 
 
 def _replace_linears(model: nn.Module, int8: Int8Config, head: str | None, tied: Mapping[str, str]) -> set[str]:
@@ -137,7 +142,8 @@ class _ZeroPositions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("zero", torch.zeros(1), persistent=False)
+        # no dimension, so that adding it keeps the dtype of the hidden states
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, self.zero)

@@ -114,6 +114,7 @@ class Worker:
         keep: int | Packed | None,
     ) -> Packed:
         """One step of this stage. `keep`: on the last stage, which tokens' hidden states (and logits) to return."""
+        self._check_loaded()
         hidden = self._stage(
             unpack(inputs, self._device),
             unpack(mask, self._device),
@@ -126,6 +127,10 @@ class Worker:
             if self._stage.has_head:
                 hidden = self._stage.head(hidden)
         return cast(Packed, pack(hidden))
+
+    def _check_loaded(self) -> None:
+        if self._stage is None:  # a step came between this worker's start and its load
+            raise SequenceLost(f"the worker in process {os.getpid()} has not loaded its stage yet")
 
     def _cache(self, key: CacheKey) -> Any:
         if key.id not in self._caches:
@@ -140,6 +145,7 @@ class Worker:
     @torch.inference_mode()
     def head(self, hidden: Packed) -> Packed:
         """Logits of the last stage's hidden states, where the head lives with the embeddings."""
+        self._check_loaded()
         return cast(Packed, pack(self._stage.head(unpack(hidden, self._device))))
 
     def drop(self, cache_id: int) -> None:

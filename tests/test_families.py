@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import SIZES, tiny_config
-from transformers import AutoConfig, DynamicCache
+from tiny import SIZES, tiny_config, tiny_model
+from transformers import AutoConfig
 
 from bigint8.config import Int8Config
 from bigint8.errors import PlanError
@@ -34,17 +34,13 @@ def test_stage_bytes_are_those_of_the_real_stage(kind, tied):
 
 @pytest.mark.parametrize("kind", sorted(SIZES))
 def test_cache_bytes_are_those_of_a_real_cache(kind):
-    config = tiny_config(kind, True)
-    layout = layout_of(config.to_dict())
-    model = build_skeleton(config, Int8Config(), torch.float16).model
-    cache = DynamicCache(config=config)
-    heads = layout.kv_values // 2
-    for block in range(len(layout.blocks)):
-        keys = torch.zeros(2, 1, 50, heads, dtype=torch.float16)
-        cache.update(keys, keys.clone(), block)
-        stored = cache.layers[block].keys.nbytes + cache.layers[block].values.nbytes
-        assert layout.kv_bytes(block, 50, 2, 2) == stored
-    assert len(layout.blocks) == model.config.num_hidden_layers
+    layout = layout_of(tiny_config(kind, True).to_dict())
+    ids = torch.randint(3, 100, (2, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = tiny_model(kind, True, torch.float32)(ids, use_cache=True).past_key_values
+    assert len(cache.layers) == len(layout.blocks)
+    for block, layer in enumerate(cache.layers):
+        assert layout.kv_bytes(block, 50, 2, 4) == layer.keys.nbytes + layer.values.nbytes
 
 
 @pytest.mark.parametrize("name", preset_names())

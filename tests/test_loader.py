@@ -1,5 +1,6 @@
 """Loading in one process: every family, every odd checkpoint that people have, exact values and exact bytes."""
 
+import gc
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from bigint8 import Int8Config, Int8Linear, PlanError, load_sharded_int8, make_int8_linear
 from bigint8.checkpoint import open_checkpoint
 from bigint8.linear import is_linear
+from bigint8.placement import follow_devices
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
 
@@ -164,18 +166,35 @@ def test_modules_on_disk_are_mapped_files_and_compute_the_same(tmp_path):
     model = load(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "off")
     assert model.hf_device_map["transformer.h.1"] == "disk"
     assert torch.equal(greedy(model), expected)
-    written = {file.name for file in (tmp_path / "off").iterdir()}
+    (folder,) = (tmp_path / "off").iterdir()
+    written = {file.name for file in folder.iterdir()}
     assert "transformer.h.1.mlp.c_fc.weight.dat" in written and "transformer.h.0.mlp.c_fc.weight.dat" not in written
     layer = model.transformer.h[1].mlp.c_fc
     stored = torch.from_file(
-        str(tmp_path / "off" / "transformer.h.1.mlp.c_fc.weight.dat"), size=layer.weight.numel(), dtype=torch.int8
+        str(folder / "transformer.h.1.mlp.c_fc.weight.dat"), size=layer.weight.numel(), dtype=torch.int8
     )
     assert torch.equal(stored.view_as(layer.weight), layer.weight)
+    del model, layer
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_inputs_follow_modules_over_devices(tmp_path):
+    """ "cpu" and "cpu:0" are one place with two names: enough to see that each module's inputs are sent where it is."""
+    save_tiny("llama", True, tmp_path)
+    model = load(tmp_path)
+    expected = greedy(model)
+    follow_devices(model, lambda name: "cpu:0" if ".layers.1." in name else "cpu")
+    assert torch.equal(greedy(model), expected)
+    for name, module in model.named_modules():
+        if name and (module._parameters or module._buffers):
+            where = torch.device(module._hf_hook.execution_device)
+            assert where == torch.device("cpu:0" if ".layers.1." in name else "cpu"), name
 
 
 def test_what_does_not_fit_spills_to_the_offload_folder(tmp_path):
     save_tiny("llama", False, tmp_path / "model")
-    limit = {"cpu": 2**26 + 200_000}  # the staging ring, and a few blocks of this model
+    limit = {"cpu": 3 * 2**26 + 200_000}  # the workspace, and a few blocks of this model
     with pytest.raises(PlanError, match="does not fit"):
         load(tmp_path / "model", max_memory=limit)
     model = load(tmp_path / "model", max_memory=limit, offload_folder=tmp_path / "off")

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -64,6 +65,17 @@ def test_tokens_are_those_of_one_process_over_one_two_and_three_workers(pipeline
         model, _ = load(pipeline, tmp_path, workers)
         assert torch.equal(greedy(model, PROMPT, 16), single), f"{workers} workers"
         assert torch.equal(greedy(model, PADDED, 16, PADDED_MASK), batch), f"{workers} workers, padded batch"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", SIX_FAMILIES)
+def test_stages_keep_a_16_bit_dtype(pipeline, kind, dtype, tmp_path):
+    save_tiny(kind, True, tmp_path)
+    one = in_one_process(tmp_path, dtype=dtype)
+    model, _ = load(pipeline, tmp_path, 2, dtype=dtype)
+    with torch.no_grad():
+        ours, theirs = model(PADDED, attention_mask=PADDED_MASK).logits, one(PADDED, attention_mask=PADDED_MASK).logits
+    assert ours.dtype == getattr(torch, dtype) and torch.equal(ours, theirs)
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +176,12 @@ def test_workers_forget_a_sequence_when_the_caller_does(pipeline, tmp_path):
     assert kept_caches(pipeline)[:2] == [0, 0]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_worker_that_dies_is_replaced_and_the_text_goes_on(pipeline, tmp_path, victim):
+@pytest.mark.parametrize(("victim", "options"), [(0, {}), (1, {}), (1, {"num_beams": 3})])
+def test_a_worker_that_dies_is_replaced_and_the_text_goes_on(pipeline, tmp_path, victim, options):
     """The caller sees a pause. With 16-bit activations a prefill gives the very values that decoding gave."""
     save_tiny("opt", True, tmp_path)
-    expected = greedy(in_one_process(tmp_path, config=Int8Config(activations="16bit")), PADDED, 20, PADDED_MASK)
+    one = in_one_process(tmp_path, config=Int8Config(activations="16bit"))
+    expected = greedy(one, PADDED, 20, PADDED_MASK, **options)
     model, _ = load(pipeline, tmp_path, 2, activations="16bit")
 
     class KillAfterTen:
@@ -181,7 +194,7 @@ def test_a_worker_that_dies_is_replaced_and_the_text_goes_on(pipeline, tmp_path,
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     killed = pipeline.infos[victim].pid
-    assert torch.equal(greedy(model, PADDED, 20, PADDED_MASK, stopping_criteria=[KillAfterTen()]), expected)
+    assert torch.equal(greedy(model, PADDED, 20, PADDED_MASK, stopping_criteria=[KillAfterTen()], **options), expected)
     assert pipeline.infos[victim].pid != killed and not psutil.pid_exists(killed)
 
 
@@ -197,6 +210,37 @@ def test_a_death_in_one_sequence_does_not_change_another(pipeline, tmp_path):
         model(PROMPT[:, :1], past_key_values=first.past_key_values)
         resumed = model(PROMPT[:, :1], past_key_values=second.past_key_values).logits
     assert torch.allclose(resumed, expected, atol=1e-5)
+
+
+def test_two_threads_generate_at_once(pipeline, tmp_path):
+    save_tiny("gpt_neox", False, tmp_path)
+    model, _ = load(pipeline, tmp_path, 2)
+    prompts = [PROMPT, PROMPT.flip(1), PADDED[1:2]]
+    expected = [greedy(model, prompt, 12) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda prompt: greedy(model, prompt, 12), prompts))
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+def test_a_step_that_failed_midway_does_not_spoil_the_next(pipeline, tmp_path):
+    """The first stage has taken the tokens, the second has not: the next step starts the sequence anew."""
+    save_tiny("llama", False, tmp_path)
+    model, _ = load(pipeline, tmp_path, 2, activations="16bit")
+    with torch.no_grad():
+        state = model(PROMPT, use_cache=True)
+        expected = model(torch.cat([PROMPT, PROMPT[:, :1]], dim=1), logits_to_keep=1).logits
+        with pytest.raises(WorkerError, match="IndexError"):
+            model(PROMPT[:, :1], past_key_values=state.past_key_values, logits_to_keep=torch.tensor([5]))
+        resumed = model(PROMPT[:, :1], past_key_values=state.past_key_values).logits
+    assert torch.allclose(resumed, expected, atol=1e-5)
+
+
+def test_a_model_whose_workers_loaded_another_is_refused(pipeline, tmp_path):
+    save_tiny("llama", False, tmp_path)
+    old, _ = load(pipeline, tmp_path, 1)
+    load(pipeline, tmp_path, 2)
+    with pytest.raises(WorkerError, match="another model"):
+        old(PROMPT)
 
 
 def test_a_damaged_checkpoint_is_a_checkpoint_error_and_nothing_stays_loaded(pipeline, tmp_path):

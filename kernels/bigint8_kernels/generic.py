@@ -25,8 +25,14 @@ def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
 
 def round_activations(x_TK: Tensor, threshold: float) -> Tensor:
     """X with every value outside the outlier columns rounded to its row's int8 grid, in X's dtype (T, K)."""
-    q_TK, scale_T, outliers_K = reference.quantize_activations(x_TK, threshold)
-    return torch.where(outliers_K, x_TK, (q_TK * scale_T[:, None]).to(x_TK.dtype))
+    outliers_K = reference.outlier_columns(x_TK, threshold)
+    rounded_TK = torch.empty_like(x_TK)
+    step = max(1, SLICE_BYTES // (4 * max(1, x_TK.shape[1])))
+    for start in range(0, len(x_TK), step):  # the float32 copies are of a slice only
+        x_SK = x_TK[start : start + step]
+        q_SK, scale_S = reference.quantize_rows(torch.where(outliers_K, 0.0, x_SK.float()))
+        rounded_TK[start : start + step] = torch.where(outliers_K, x_SK, (q_SK * scale_S[:, None]).to(x_TK.dtype))
+    return rounded_TK
 
 
 def int8_linear(

@@ -43,7 +43,7 @@ def outlier_columns(x_TK: Tensor, threshold: float) -> Tensor:
     """Boolean (K,): the columns of X with any |x| >= threshold. A threshold of 0 means no outliers."""
     if threshold <= 0:
         return torch.zeros(x_TK.shape[1], dtype=torch.bool, device=x_TK.device)
-    return (x_TK.float().abs() >= threshold).any(dim=0)
+    return x_TK.abs().amax(dim=0).float() >= threshold
 
 
 def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
