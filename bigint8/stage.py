@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import Int8Config
 from .families import Family
 from .linear import Int8Linear, empty_like, is_linear, is_transposed
+from .memory import prefer_huge_pages
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Slot:
         shape = self.shape[::-1] if self.transposed else self.shape
         if offload_file is None:
             data = torch.empty(shape, dtype=self.dtype, device=device)
+            prefer_huge_pages(data)
         else:
             count = torch.Size(shape).numel()
             data = torch.from_file(offload_file, shared=True, size=count, dtype=self.dtype).view(shape)
