@@ -132,11 +132,19 @@ def _from_hub(source: Source, hub_id: str, revision: str | None, fetch: bool) ->
     try:
         if not fetch:  # for a plan the config is enough
             return None if source.preset else Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
-        return Path(snapshot_download(hub_id, **files))
+        fetched = Path(snapshot_download(hub_id, **files))
     except Exception as error:  # the hub's client raises many kinds, by transport and status
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         source.looked.append(f"the hub, {hub_id} ({reason[:200]})")
         return None
+    if any(fetched.glob("*.safetensors")):
+        return fetched
+    source.looked.append(
+        f'the hub, {hub_id} (no safetensors files; if you trust its pickles, convert them once: python -c "from '
+        f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{hub_id}', dtype='auto')"
+        ".save_pretrained('NEW_FOLDER')\")"
+    )
+    return None
 
 
 def _has_weights(folder: Path) -> bool:
