@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from .errors import BigInt8Error
 from .families import Layout, layout_of
 from .hardware import Device, cuda_devices, find_devices, gpu_presets, pick_dtype, preset_gpus
 from .planner import Plan, fewest_devices, make_plan
-from .report import print_plan, print_summary, report_to_dict
+from .report import print_plan, print_summary
 from .sources import Source, find_source
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ def launch(
         )
         if note:
             console.print(note, soft_wrap=True)
-        plan = make_plan(source.name, layout, devices, _plan_dtype(dtype, source, devices), context, batch_size)
+        plan = make_plan(
+            source.name, layout, devices, pick_dtype(dtype.value, _stored_dtype(source), devices), context, batch_size
+        )
         print_plan(console, plan)
         _write_json(json_file, result | {"plan": plan.to_dict()})
         if not plan_only:
@@ -123,7 +126,7 @@ def launch(
         print_summary(console, plan, reports, stored, load_seconds)
         result |= {
             "plan": plan.to_dict(),
-            "load": [report_to_dict(report) for report in reports],
+            "load": [asdict(report) for report in reports],
             "timings": {"start_seconds": load_started - started, "load_seconds": load_seconds},
         }
         runner = _Runner(pipeline, source.folder, plan, tokenizer, max_new_tokens, trust_remote_code)
@@ -164,10 +167,6 @@ def _stored_dtype(source: Source) -> str:
     config = source.config(trust_remote_code=True)
     stored = config.get("dtype") or config.get("torch_dtype")
     return stored if stored in ("float16", "bfloat16", "float32") else "float16"
-
-
-def _plan_dtype(dtype: DtypeChoice, source: Source, devices: list[Device]) -> str:
-    return pick_dtype(dtype.value, _stored_dtype(source), devices)
 
 
 def _write_json(file: Path | None, result: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
-"""What the command line shows of plans and loads: tables for people, plain data for --json."""
+"""What the command line shows of plans and loads: tables for people."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -81,8 +80,3 @@ def print_summary(console: Console, plan: Plan, reports: Sequence["LoadReport"],
     if unused:
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         console.print(f"not used by the model: {', '.join(unused[:5])}{more}", soft_wrap=True)
-
-
-def report_to_dict(report: "LoadReport") -> dict[str, Any]:
-    """A load report as plain data for JSON."""
-    return asdict(report)
