@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .stored_int8 import SCALES, is_int8_config
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors library sets too."""
@@ -63,6 +64,11 @@ class Checkpoint:
     tensors: dict[str, TensorInfo] = field(repr=False)
 
     @property
+    def is_int8(self) -> bool:
+        """Whether its linear layers are in int8 already."""
+        return is_int8_config(self.config)
+
+    @property
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
@@ -78,7 +84,13 @@ def open_checkpoint(folder: str | os.PathLike[str], trust_remote_code: bool = Fa
     """
     folder = Path(folder)
     config = read_config(folder, trust_remote_code)
-    return Checkpoint(folder, config, _read_tensors(folder))
+    checkpoint = Checkpoint(folder, config, _read_tensors(folder))
+    if checkpoint.is_int8 and not any(name.endswith(f".{SCALES}") for name in checkpoint.tensors):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: its quantization_config describes int8 weights, but no tensor holds their "
+            f"scales (.{SCALES}). If the weights are not int8, remove quantization_config; else save the model again"
+        )
+    return checkpoint
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -99,11 +111,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]
             "code first; then pass trust_remote_code=True (--trust-remote-code) to run it"
         )
     quantized = config.get("quantization_config") or config.get("compression_config")
-    if quantized:
+    if quantized and not is_int8_config(config):
         method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
-            f"{path}: the checkpoint is already quantized ({method}); bigint8 quantizes float16, bfloat16 and float32 "
-            "weights, so name the original checkpoint"
+            f"{path}: the checkpoint is already quantized ({method}); bigint8 reads float16, bfloat16 and float32 "
+            "weights, and int8 ones as bitsandbytes and bigint8 save them, so name the original checkpoint"
         )
     return config
 
@@ -288,7 +300,8 @@ def check_weight_dtypes(tensors: Iterable[TensorInfo]) -> None:
     """Raise CheckpointError for the first tensor stored as something that cannot be loaded as a weight."""
     for tensor in tensors:
         if tensor.dtype not in WEIGHT_DTYPES:
+            hint = "; int8 weights need the quantization_config and scales of bitsandbytes" * (tensor.dtype == "I8")
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name!r} is stored as {tensor.dtype}; weights must be "
-                f"{', '.join(WEIGHT_DTYPES[:-1])} or {WEIGHT_DTYPES[-1]}"
+                f"{', '.join(WEIGHT_DTYPES[:-1])} or {WEIGHT_DTYPES[-1]}{hint}"
             )

@@ -13,8 +13,10 @@ class Int8Config(BaseModel):
     """Settings of the int8 layers.
 
     threshold: columns of the activations with any |x| at or above it are multiplied in 16-bit; 0 turns that off
-    skip_modules: modules left in 16-bit, by full name, name prefix or last component; None means the output head.
-        A head that is tied to the embeddings is never quantized
+    skip_modules: modules left in 16-bit, by full name, name prefix or last component; None means the output head,
+        unless `int8_head`
+    int8_head: the output head in int8 too, and with it the embeddings where the two are tied; without it, a tied head
+        is never quantized
     dtype: of everything that is not int8. "auto" is the checkpoint's, or a faster one where the device is slow at it
     activations: "int8" is LLM.int8(); "16bit" leaves them as they are; "auto" picks by the number of rows
 
@@ -25,6 +27,7 @@ class Int8Config(BaseModel):
 
     threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
     skip_modules: tuple[str, ...] | None = None
+    int8_head: bool = False
     dtype: Dtype = "auto"
     activations: Activations = "auto"
 
@@ -38,7 +41,7 @@ class Int8Config(BaseModel):
     def skips(self, name: str, head: str | None) -> bool:
         """Whether the module with this full name stays in 16-bit; `head` is the output head's full name."""
         if self.skip_modules is None:
-            return name == head
+            return name == head and not self.int8_head
         return any(
             name == skip or name.startswith(f"{skip}.") or name.endswith(f".{skip}") or f".{skip}." in name
             for skip in self.skip_modules

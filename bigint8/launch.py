@@ -98,8 +98,8 @@ def launch(
 
     from .checkpoint import open_checkpoint
     from .config import Int8Config
-    from .loader import stored_dtype
     from .pipeline import Pipeline
+    from .transfer import stored_dtype
 
     started = time.perf_counter()
     stored = stored_dtype(open_checkpoint(source.folder, trust_remote_code))

@@ -1,4 +1,4 @@
-"""The int8 linear layer as a torch module, and the conversion of one layer by hand."""
+"""The int8 linear layer and int8 embeddings as torch modules, and the conversion of one layer by hand."""
 
 from collections.abc import Callable
 
@@ -61,6 +61,46 @@ class Int8Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"threshold={self.threshold}, activations={self.activations!r}"
         )
+
+
+class Int8Embedding(nn.Module):
+    """Token embeddings in int8, row by row: `E ~ weight * scale[:, None]`. For inference only.
+
+    weight: int8 (num_embeddings, embedding_dim); scale: float32 (num_embeddings,). Token ids (...) become
+    (..., embedding_dim) in `dtype`. Shares weight and scale with an Int8Linear where the output head is tied to it.
+    """
+
+    weight: nn.Parameter
+    scale: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        weight = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", torch.empty(num_embeddings, dtype=torch.float32, device=device))
+        self.dtype = dtype or torch.get_default_dtype()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.weight[ids] * self.scale[ids].unsqueeze(-1)).to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Embedding":
+        """Moves with `.to(device)`; `.half()` and the like change `dtype`, not the scales."""
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
 def is_linear(module: nn.Module) -> bool:

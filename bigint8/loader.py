@@ -6,40 +6,42 @@ import shutil
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from bigint8_kernels import quantize_rows
-from torch import Tensor, nn
+from torch import nn
 
-from .checkpoint import Checkpoint, TensorInfo, check_weight_dtypes, open_checkpoint
+from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .config import Int8Config
 from .errors import BigInt8Error, CheckpointError, PlanError
 from .families import family_of
+from .hardware import available_memory
+from .memory import HostMemory, MappedFiles, aligned
 from .placement import new_offload_folder, resolve_device_map
 from .progress import LoadProgress
 from .sources import find_source
 from .stage import Skeleton, Slot, StageModel, build_skeleton
-from .stream import TORCH_DTYPES, RowStream
+from .stored_int8 import int8_modules, stored_threshold
+from .stream import BUFFER_BYTES, PINNED_BUFFER_BYTES, TORCH_DTYPES, RowStream
+from .transfer import Step, Transfer, match_tensors, name_tensors, store, stored_dtype, unused_tensors
 
 OnProgress = Callable[[int, int], None]
-
-SHOWN_NAMES = 10
-"""How many names an error lists."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What a load did. `device_bytes` counts weights and scales on each device; peaks are of the whole process.
 
+    `bytes_mapped` are those of an int8 checkpoint that were mapped into memory, to be read when they are used;
     `byte_ranges` are the (file name, start, stop) that were read; `unused` the tensors that no module wants.
     """
 
     seconds: float
     bytes_read: int
+    bytes_mapped: int
     dtype: str
     device_bytes: dict[str, int]
     peak_host_bytes: int
@@ -77,24 +79,22 @@ def load_sharded_int8(
     The model has `hf_device_map` and `load_report`. Raises CheckpointError for a checkpoint that is missing or wrong,
     PlanError when it does not fit or the device map does not cover the model. Nothing half-loaded is returned.
     """
-    from transformers import AutoConfig
-
-    settings = config or Int8Config()
-    wanted_dtype = str(dtype).removeprefix("torch.") if dtype != "auto" else settings.dtype
+    wanted_dtype = str(dtype).removeprefix("torch.") if dtype != "auto" else (config or Int8Config()).dtype
     if wanted_dtype not in ("auto", "float16", "bfloat16", "float32"):
         raise BigInt8Error(f"dtype={wanted_dtype}: must be auto, float16, bfloat16 or float32")
     source = find_source(os.fspath(path), revision=revision)
     if source.folder is None:
         raise source.not_found()
     checkpoint = open_checkpoint(source.folder, trust_remote_code)
-    hf_config = _transformers_config(AutoConfig, checkpoint, trust_remote_code)
+    settings = _settings_for(checkpoint, config)
+    hf_config = read_hf_config(checkpoint, trust_remote_code)
     limit = getattr(hf_config, "max_position_embeddings", None)
     context = context if context is not None else min(2048, limit or 2048)
 
     stored = stored_dtype(checkpoint)
 
     def skeleton_for(name: str) -> Skeleton:
-        return _skeleton(checkpoint, hf_config, settings, name, trust_remote_code)
+        return checkpoint_skeleton(checkpoint, hf_config, settings, name, trust_remote_code)
 
     generation_config = read_generation_config(checkpoint.folder)
     placement = resolve_device_map(
@@ -105,12 +105,13 @@ def load_sharded_int8(
     if "disk" in placement.device_map.values():
         offloaded = new_offload_folder(offload_folder)
         weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
+    named = name_tensors(checkpoint, skeleton)
     with LoadProgress([source.name], enabled=progress) as bars:
         report = _fill(
             skeleton.slots,
             checkpoint,
-            name_tensors(checkpoint, skeleton),
-            skeleton.slots,
+            named,
+            unused_tensors(named, skeleton),
             placement.device_of,
             lambda done, total: bars.update(0, done, total),
             offloaded,
@@ -139,33 +140,54 @@ def load_stage(
 
     Reads only the byte ranges of this stage. Raises what `load_sharded_int8` raises.
     """
-    from transformers import AutoConfig
-
-    hf_config = _transformers_config(AutoConfig, checkpoint, trust_remote_code)
+    hf_config = read_hf_config(checkpoint, trust_remote_code)
     family = family_of(hf_config.model_type)
-    skeleton = _skeleton(checkpoint, hf_config, config, dtype, trust_remote_code)
+    skeleton = checkpoint_skeleton(checkpoint, hf_config, _settings_for(checkpoint, config), dtype, trust_remote_code)
     named = name_tensors(checkpoint, skeleton)
+    unused = unused_tensors(named, skeleton)
     stage = StageModel(skeleton, family, first_block, last_block)
-    report = _fill(stage.slots, checkpoint, named, skeleton.slots, lambda name: device, on_progress)
+    report = _fill(stage.slots, checkpoint, named, unused, lambda name: device, on_progress)
     if stage.has_head:
         skeleton.tie()
     move_buffers(stage, lambda name: device)
     return stage.eval(), report
 
 
-def _transformers_config(auto_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+def _settings_for(checkpoint: Checkpoint, config: Int8Config | None) -> Int8Config:
+    """The settings, with the threshold that an int8 checkpoint was saved with unless another one is asked for."""
+    settings = config or Int8Config()
+    threshold = stored_threshold(checkpoint.config) if checkpoint.is_int8 else None
+    if threshold is None or "threshold" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"threshold": threshold})
+
+
+def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The checkpoint's config as transformers has it, without what it says of int8: that is for bigint8 to read.
+
+    Raises CheckpointError for one that transformers refuses.
+    """
+    from transformers import AutoConfig
+
     try:
-        return auto_config.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        hf_config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         # transformers checks a config's values with many kinds of exceptions; none names the file
         raise _refused(checkpoint, error) from error
+    if hasattr(hf_config, "quantization_config"):
+        del hf_config.quantization_config
+    return hf_config
 
 
-def _skeleton(
+def checkpoint_skeleton(
     checkpoint: Checkpoint, hf_config: Any, int8: Int8Config, dtype: str, trust_remote_code: bool
 ) -> Skeleton:
+    """The model that the checkpoint's tensors go into. Raises CheckpointError for a config that makes none."""
+    stored = int8_modules(checkpoint.tensors) if checkpoint.is_int8 else None
     try:
-        return build_skeleton(hf_config, int8, getattr(torch, dtype), trust_remote_code)
+        return build_skeleton(hf_config, int8, getattr(torch, dtype), trust_remote_code, stored)
+    except BigInt8Error:
+        raise
     except Exception as error:  # the model's own code meets a config's values here, with as many kinds
         raise _refused(checkpoint, error) from error
 
@@ -175,85 +197,59 @@ def _refused(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
     return CheckpointError(f"{checkpoint.folder / 'config.json'}: transformers refuses it: {reason[:400]}")
 
 
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that most of the checkpoint's bytes are stored in, as torch names it."""
-    sizes: dict[str, int] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype in TORCH_DTYPES:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    if not sizes:
-        check_weight_dtypes(checkpoint.tensors.values())
-        raise CheckpointError(f"{checkpoint.folder}: the checkpoint holds no tensors")
-    return str(TORCH_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]).removeprefix("torch.")
-
-
-def name_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, TensorInfo]:
-    """The checkpoint's tensors by the names that the model has for them; those it does not want keep their own.
-
-    Handles what transformers renamed since (GPT-NeoX's `embed_out`), checkpoints saved from the base model, whose
-    names lack its prefix (BLOOM, GPT-2, OPT), and a tied pair of which only the other name was saved.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    model, wanted = skeleton.model, dict.fromkeys([*skeleton.slots, *skeleton.tied], True)
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    named: dict[str, TensorInfo] = {}
-    for name, tensor in checkpoint.tensors.items():
-        ours = name
-        if name not in wanted:
-            ours, _ = rename_source_key(name, renamings, [], model.base_model_prefix, wanted)
-        if ours in named:
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} and {named[ours].name!r} are both {ours!r}")
-        named[ours] = tensor
-    for target, origin in skeleton.tied.items():
-        if origin not in named and target in named:
-            named[origin] = named.pop(target)
-    return named
-
-
 def _fill(
     slots: dict[str, Slot],
     checkpoint: Checkpoint,
     named: dict[str, TensorInfo],
-    wanted: Collection[str],
+    unused: list[str],
     device_of: Callable[[str], str],
     on_progress: OnProgress | None = None,
     offloaded: Path | None = None,
 ) -> LoadReport:
     """Check everything, allocate everything, then stream: the order in which a user wants to hear of trouble.
 
-    `named` are the checkpoint's tensors by the model's names, `wanted` the names of the whole model, of which `slots`
-    may be a stage.
+    `named` are the checkpoint's tensors by the model's names; `slots` may be a stage's.
     """
     started = time.perf_counter()
-    tensors = _match(slots, checkpoint, named)
+    transfers = match_tensors(slots, checkpoint.folder, named)
     devices = {name: device_of(name) for name in slots}
+    mapped = _map(transfers, devices) if checkpoint.is_int8 else set()
     device_bytes: dict[str, int] = {}
     for name, slot in slots.items():
         device_bytes[devices[name]] = device_bytes.get(devices[name], 0) + slot.nbytes
-    _allocate(slots, devices, device_bytes, offloaded)
-    slot_of = {tensor.name: slots[name] for name, tensor in tensors.items()}
-    whole = {tensor.name for name, tensor in tensors.items() if slots[name].transposed}
+    _allocate({n: s for n, s in slots.items() if n not in mapped}, devices, device_bytes, offloaded)
+    copied = [t for t in transfers if not (t.slot.name in mapped and t.step in (Step.INT8, Step.COPY))]
     on_gpu = any(device.startswith("cuda") for device in devices.values())
-    stream = RowStream(tensors.values(), whole, pin=on_gpu)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    for chunk in stream:
-        _write(slot_of[chunk.tensor.name], chunk.tensor, chunk.row_start, chunk.row_stop, chunk.data)
-        if on_progress is not None:
-            on_progress(stream.bytes_read, total)
-    if on_progress is not None:
-        on_progress(total, total)
+    stream = transfer_stream(copied, device_bytes.get("cpu", 0), on_gpu)
+    total = sum(transfer.tensor.nbytes for transfer in copied)
+    by_tensor = {transfer.tensor.name: transfer for transfer in copied}
+    stream.run(
+        lambda chunk: store(by_tensor[chunk.tensor.name], chunk),
+        None if on_progress is None else lambda done: on_progress(done, total),
+    )
     return LoadReport(
         seconds=time.perf_counter() - started,
         bytes_read=stream.bytes_read,
+        bytes_mapped=sum(transfer.tensor.nbytes for transfer in transfers) - total,
         dtype=str(_plain_dtype(slots.values())).removeprefix("torch."),
         device_bytes=device_bytes,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=sum(torch.cuda.max_memory_allocated(d) for d in device_bytes if d.startswith("cuda")),
         byte_ranges=[(read.file.name, read.start, read.stop) for read in stream.reads],
-        unused=sorted(tensor.name for name, tensor in named.items() if name not in wanted),
+        unused=unused,
     )
+
+
+def transfer_stream(transfers: Sequence[Transfer], host_bytes: int, on_gpu: bool = False) -> RowStream:
+    """The stream that reads these tensors, with buffers that suit the devices they go to.
+
+    Where what is read and the `host_bytes` that are made of it do not fit into the host's memory together, the file
+    cache would only be filled to be emptied again, so it keeps nothing.
+    """
+    whole = {transfer.tensor.name for transfer in transfers if transfer.whole}
+    tensors = [transfer.tensor for transfer in transfers]
+    drop = sum(tensor.nbytes for tensor in tensors) + host_bytes > available_memory()
+    return RowStream(tensors, whole, PINNED_BUFFER_BYTES if on_gpu else BUFFER_BYTES, pin=on_gpu, drop=drop)
 
 
 def peak_host_bytes() -> int:
@@ -266,24 +262,20 @@ def _plain_dtype(slots: Iterable[Slot]) -> torch.dtype:
     return next((slot.dtype for slot in slots if not slot.is_int8), torch.float32)
 
 
-def _match(slots: dict[str, Slot], checkpoint: Checkpoint, named: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensor of each slot. Raises CheckpointError for missing ones, wrong shapes and dtypes."""
-    missing = sorted(slots.keys() - named.keys())
-    if missing:
-        more = f" and {len(missing) - SHOWN_NAMES} more" if len(missing) > SHOWN_NAMES else ""
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(missing)} tensor{'s are' if len(missing) > 1 else ' is'} missing: "
-            f"{', '.join(missing[:SHOWN_NAMES])}{more}; it is incomplete or not this config's"
-        )
-    tensors = {name: named[name] for name in slots}
-    for name, tensor in tensors.items():
-        if tensor.shape != slots[name].shape:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, but the config asks for "
-                f"{list(slots[name].shape)}"
-            )
-    check_weight_dtypes(tensors.values())
-    return tensors
+def _map(transfers: Sequence[Transfer], devices: Mapping[str, str]) -> set[str]:
+    """Let slots on the CPU be the bytes of an int8 checkpoint's files, where they need no change; returns their names.
+
+    Scales are not mapped: they are read, and checked.
+    """
+    files, mapped = MappedFiles(), set()
+    for transfer in transfers:
+        slot, tensor = transfer.slot, transfer.tensor
+        same = transfer.step is Step.INT8 or (transfer.step is Step.COPY and TORCH_DTYPES[tensor.dtype] == slot.dtype)
+        data = files.tensor(tensor) if same and devices[slot.name] == "cpu" else None
+        if data is not None:
+            slot.fill(data, torch.empty(slot.out_features) if slot.is_int8 else None)
+            mapped.add(slot.name)
+    return mapped
 
 
 def _allocate(
@@ -294,43 +286,22 @@ def _allocate(
         free = shutil.disk_usage(offloaded).free
         if free < device_bytes["disk"]:
             raise PlanError(f"{offloaded}: {device_bytes['disk']:,} bytes to offload, but {free:,} are free there")
-    for name, slot in slots.items():
-        device = devices[name]
-        try:
+    on_host = [slot for name, slot in slots.items() if devices[name] == "cpu"]
+    device = "cpu"
+    try:
+        memory = HostMemory(sum(aligned(slot.data_bytes) for slot in on_host))
+        for name, slot in slots.items():
+            device = devices[name]
             if device == "disk" and offloaded is not None and torch.Size(slot.shape).numel():
-                slot.allocate("cpu", str(offloaded / f"{name}.dat"))
+                slot.allocate("cpu", None, str(offloaded / f"{name}.dat"))
             else:
-                slot.allocate("cpu" if device == "disk" else device)
-        except torch.OutOfMemoryError as error:
-            raise PlanError(
-                f"{device}: the weights placed there take {device_bytes[device]:,} bytes, which it does not have free: "
-                f"{str(error).splitlines()[0]}. What would help: another device map, a smaller max_memory for it, "
-                "more devices"
-            ) from None
-
-
-def _write(slot: Slot, tensor: TensorInfo, row_start: int, row_stop: int, data: Tensor) -> None:
-    """Quantize or copy one chunk of rows into its slice of the slot."""
-    target: Tensor = getattr(slot.module, slot.attribute).data
-    data = data.to(target.device)
-    if slot.is_int8:
-        rows = slice(None) if slot.transposed else slice(row_start, row_stop)
-        source = data.T if slot.transposed else data
-        finite = quantize_rows(source, target[rows], slot.module.scale[rows])  # type: ignore[index]
-    else:
-        part = target.view(()) if not target.ndim else target[row_start:row_stop]
-        part.copy_(data)
-        finite = bool(torch.isfinite(part).all())
-        if not finite and bool(torch.isfinite(data).all()):
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} holds values too large for {part.dtype}; load with "
-                "dtype='float32' or 'bfloat16'"
-            )
-    if not finite:
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r} holds NaN or infinity in rows {row_start} to {row_stop - 1}; "
-            "the checkpoint is damaged, download it again"
-        )
+                slot.allocate("cpu" if device == "disk" else device, memory if device == "cpu" else None)
+    except (torch.OutOfMemoryError, OSError) as error:
+        raise PlanError(
+            f"{device}: the weights placed there take {device_bytes[device]:,} bytes, which it does not have free: "
+            f"{str(error).splitlines()[0]}. What would help: another device map, a smaller max_memory for it, "
+            "more devices"
+        ) from None
 
 
 def move_buffers(model: nn.Module, device_of: Callable[[str], str]) -> None:

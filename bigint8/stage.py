@@ -6,7 +6,7 @@ embeddings give zero and the embedding norm is the identity. Hidden states go in
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import Int8Config
+from .errors import BigInt8Error
 from .families import Family
-from .linear import Int8Linear, empty_like, is_linear, is_transposed
-from .memory import prefer_huge_pages
+from .linear import Int8Embedding, Int8Linear, empty_like, is_linear, is_transposed
+from .memory import HostMemory
 
 
 @dataclass
@@ -35,7 +36,12 @@ class Slot:
 
     @property
     def is_int8(self) -> bool:
-        return isinstance(self.module, Int8Linear) and self.attribute == "weight"
+        return isinstance(self.module, Int8Linear | Int8Embedding) and self.attribute == "weight"
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of the module's own tensor."""
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,20 +55,30 @@ class Slot:
         return values + 4 * self.out_features if self.is_int8 else values * self.dtype.itemsize
 
     @property
+    def data_bytes(self) -> int:
+        """Bytes of the module's own tensor, without scales."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
     def out_features(self) -> int:
         return self.shape[-1] if self.transposed else self.shape[0]
 
-    def allocate(self, device: torch.device | str, offload_file: str | None = None) -> None:
-        """Give the slot its memory on the device, or in a file that is mapped into memory."""
-        shape = self.shape[::-1] if self.transposed else self.shape
-        if offload_file is None:
-            data = torch.empty(shape, dtype=self.dtype, device=device)
-            prefer_huge_pages(data)
-        else:
-            count = torch.Size(shape).numel()
+    def allocate(self, device: torch.device | str, memory: HostMemory | None, offload_file: str | None = None) -> None:
+        """Give the slot its memory: on the device, out of a block of the host's, or in a file that is mapped."""
+        shape, count = self.data_shape, torch.Size(self.shape).numel()
+        if offload_file is not None:
             data = torch.from_file(offload_file, shared=True, size=count, dtype=self.dtype).view(shape)
-        if self.is_int8:
-            self.module.scale = torch.empty(shape[0], dtype=torch.float32, device=device)
+        elif memory is not None:
+            data = memory.take(self.dtype, count).view(shape)
+        else:
+            data = torch.empty(shape, dtype=self.dtype, device=device)
+        scale = torch.empty(self.out_features, dtype=torch.float32, device=device) if self.is_int8 else None
+        self.fill(data, scale)
+
+    def fill(self, data: Tensor, scale: Tensor | None) -> None:
+        """Make these the module's tensors. `scale` is that of an int8 weight."""
+        if scale is not None:
+            self.module.scale = scale
         if self.attribute in self.module._buffers:
             self.module._buffers[self.attribute] = data
         else:
@@ -82,10 +98,22 @@ class Skeleton:
         """Let the tied names share the tensors that their slots hold by now."""
         for target, source in self.tied.items():
             _set(self.model, target, self.model.get_parameter(source))
+            origin = self.model.get_submodule(source.rpartition(".")[0])
+            if isinstance(origin, Int8Embedding):
+                self.model.get_submodule(target.rpartition(".")[0]).scale = origin.scale
 
 
-def build_skeleton(config: Any, int8: Int8Config, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
+def build_skeleton(
+    config: Any,
+    int8: Int8Config,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    stored_int8: Callable[[str], bool] | None = None,
+) -> Skeleton:
     """Build the model that a transformers config describes, its linear layers replaced by empty Int8Linears.
+
+    `stored_int8` tells of a module, by name, whether the checkpoint holds it in int8 already; None where it holds none
+    that way. Then these modules are int8, and besides them only the head, if the settings say so.
 
     Parameters are on the meta device and take no memory; buffers that no checkpoint holds (rotary frequencies) are
     computed on the CPU.
@@ -99,22 +127,54 @@ def build_skeleton(config: Any, int8: Int8Config, dtype: torch.dtype, trust_remo
     head_module = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is head_module), None)
     tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
-    transposed = _replace_linears(model, int8, head, tied)
+    transposed = _replace_linears(model, int8, head, tied, stored_int8)
     skeleton = Skeleton(model, _slots(model, tied, transposed), tied, head)
     skeleton.tie()  # so that each parameter counts once
     return skeleton
 
 
-def _replace_linears(model: nn.Module, int8: Int8Config, head: str | None, tied: Mapping[str, str]) -> set[str]:
+def _replace_linears(
+    model: nn.Module,
+    int8: Int8Config,
+    head: str | None,
+    tied: Mapping[str, str],
+    stored_int8: Callable[[str], bool] | None,
+) -> set[str]:
     """Put an empty Int8Linear in the place of each linear layer; the names of those stored transposed."""
     transposed = set()
-    shared = {name.rpartition(".")[0] for name in [*tied, *tied.values()]}
+    origin_of = {target.rpartition(".")[0]: source.rpartition(".")[0] for target, source in tied.items()}
     for name, module in list(model.named_modules()):
-        if is_linear(module) and name not in shared and not int8.skips(name, head):
+        if not is_linear(module) or name in origin_of.values():
+            continue
+        origin = origin_of.get(name, name)
+        if stored_int8 is None:
+            convert = not int8.skips(name, head) and (name == origin or int8.int8_head)
+        else:
+            convert = stored_int8(origin) or (name == head and int8.int8_head)
+            if int8.skip_modules is not None and convert and int8.skips(name, head):
+                raise BigInt8Error(
+                    f"skip_modules names {name}, which this checkpoint holds in int8; load the original checkpoint, "
+                    "or leave it out of skip_modules"
+                )
+        if convert:
+            if name in origin_of:
+                _replace_embedding(model, origin)
             if is_transposed(module):
                 transposed.add(name)
             _set(model, name, empty_like(module, int8.threshold, int8.activations))
     return transposed
+
+
+def _replace_embedding(model: nn.Module, name: str) -> None:
+    """Int8 embeddings, for a head that is tied to them."""
+    module = model.get_submodule(name)
+    if type(module) is not nn.Embedding:
+        raise BigInt8Error(
+            f"int8_head: the head is tied to {name}, a {type(module).__name__}, and only plain embeddings can be int8; "
+            "leave int8_head off"
+        )
+    rows, width = module.weight.shape
+    _set(model, name, Int8Embedding(rows, width, module.weight.device, module.weight.dtype))
 
 
 def _slots(model: nn.Module, tied: Mapping[str, str], transposed: set[str]) -> dict[str, Slot]:
@@ -126,7 +186,7 @@ def _slots(model: nn.Module, tied: Mapping[str, str], transposed: set[str]) -> d
         }
         for attribute, tensor in kept.items():
             name = f"{prefix}.{attribute}" if prefix else attribute
-            if name in tied or (isinstance(module, Int8Linear) and attribute == "scale"):
+            if name in tied or (isinstance(module, Int8Linear | Int8Embedding) and attribute == "scale"):
                 continue
             turned = prefix in transposed and attribute == "weight"
             shape = tuple(tensor.shape)

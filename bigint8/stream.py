@@ -1,15 +1,17 @@
 """Bounded-memory reading: byte ranges of tensors through a fixed ring of staging buffers, rows handed out in order.
 
 Neighbouring tensors are read with one call; a tensor larger than a buffer is read in chunks of whole rows. Several
-reader threads fill the buffers ahead of the consumer. Only wanted bytes are read.
+threads take the next range in file order, read it into a buffer of their own and work on its rows while they are still
+in the cache. Only wanted bytes are read.
 """
 
 import os
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +19,19 @@ from torch import Tensor
 from .checkpoint import DTYPE_BITS, TensorInfo
 from .errors import CheckpointError
 
-BUFFER_BYTES = 16 * 2**20
-BUFFERS = 4
-READERS = 2
+BUFFER_BYTES = 2 * 2**20
+"""Of one staging buffer on the CPU: two of them stay in its last cache while their rows are quantized."""
 
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PINNED_BUFFER_BYTES = 16 * 2**20
+"""Of one staging buffer for a GPU: large enough that a copy runs at the speed of the bus."""
+
+FEWEST_READERS, MOST_READERS = 2, 16
+
+PROGRESS_SECONDS = 0.1
+
+TORCH_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,14 +113,17 @@ def plan_reads(
 
 
 class RowStream:
-    """Iterate over the rows of tensors as chunks, in file order.
+    """Hand the rows of tensors, in chunks and in file order, to a function that several threads call.
 
-    tensors: what to read; dtypes float16, bfloat16 or float32
+    tensors: what to read; dtypes float16, bfloat16, float32, int8 or uint8
     whole: names of tensors that come as one chunk
-    pin: staging buffers in page-locked memory, for asynchronous copies to a GPU
+    readers: threads, each of which reads a chunk into its own buffer and then works on it there; that way a chunk is
+        still in the cache when it is worked on, and reading and working overlap
+    pin: staging buffers in page-locked memory, for fast copies to a GPU
+    drop: let the system's file cache forget what was read: for files that it could not keep until they are read again
 
-    Memory: `buffers` buffers of the largest read. `bytes_read` counts what was read so far. Raises CheckpointError if
-    a file ends early or cannot be read.
+    Memory: one buffer for each reader, of the largest read that came its way. `bytes_read` counts what was read and
+    worked on so far.
     """
 
     def __init__(
@@ -118,55 +131,75 @@ class RowStream:
         tensors: Iterable[TensorInfo],
         whole: Collection[str] = (),
         buffer_bytes: int = BUFFER_BYTES,
-        buffers: int = BUFFERS,
-        readers: int = READERS,
+        readers: int | None = None,
         pin: bool = False,
+        drop: bool = False,
     ) -> None:
         self.reads = plan_reads(tensors, whole, buffer_bytes)
         self.bytes_read = 0
-        self._buffers, self._readers, self._pin = buffers, readers, pin
+        self._readers = min(readers or default_readers(), max(1, len(self.reads)))
+        self._pin, self._drop = pin, drop and hasattr(os, "posix_fadvise")
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._stopped = False
 
-    def __iter__(self) -> Iterator[Chunk]:
-        largest = max((read.stop - read.start for read in self.reads), default=0)
+    def run(self, work: Callable[[Chunk], None], on_progress: Callable[[int], None] | None = None) -> None:
+        """Read everything; call `work` with each chunk and, from this thread, `on_progress` with `bytes_read`.
+
+        Raises what `work` raised first, in file order, and CheckpointError if a file ends early or cannot be read.
+        """
+        upcoming = enumerate(self.reads)
+        failures: list[tuple[int, BaseException]] = []
         pool = ThreadPoolExecutor(self._readers, thread_name_prefix="bigint8-read")
-        pending: deque[tuple[Read, Tensor, Future[None]]] = deque()
-        upcoming = iter(self.reads)
-
-        def submit(buffer: Tensor) -> None:
-            read = next(upcoming, None)
-            if read is not None:
-                pending.append((read, buffer, pool.submit(self._fill, read, buffer)))
-
         try:
-            for _ in range(min(self._buffers, len(self.reads))):
-                submit(torch.empty(largest, dtype=torch.uint8, pin_memory=self._pin))
-            while pending:
-                read, buffer, filled = pending.popleft()
-                filled.result()
-                self.bytes_read += read.stop - read.start
-                for piece in read.pieces:
-                    yield Chunk(piece.tensor, piece.row_start, piece.row_stop, _view(piece, buffer))
-                submit(buffer)
+            for file in {read.file for read in self.reads}:
+                self._files[file] = _open(file)
+            waiting = {pool.submit(self._read_on, upcoming, work, failures) for _ in range(self._readers)}
+            while waiting:
+                done, waiting = wait(waiting, timeout=PROGRESS_SECONDS)
+                for future in done:
+                    future.result()
+                if on_progress is not None:
+                    on_progress(self.bytes_read)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            self._stopped = True
+            pool.shutdown(wait=True)
             for descriptor in self._files.values():
                 os.close(descriptor)
             self._files.clear()
+        if failures:
+            raise min(failures, key=lambda failure: failure[0])[1]
+
+    def _read_on(
+        self, upcoming: Iterator[tuple[int, Read]], work: Callable[[Chunk], None], failures: list[Any]
+    ) -> None:
+        """One reader: the next read, its chunks, and so on. Reads begin in order: a failure stops only later ones."""
+        buffer = torch.empty(0, dtype=torch.uint8)
+        while True:
+            with self._lock:
+                index, read = (-1, None) if self._stopped else next(upcoming, (-1, None))
+            if read is None:
+                return
+            try:
+                if len(buffer) < read.stop - read.start:
+                    buffer = torch.empty(read.stop - read.start, dtype=torch.uint8, pin_memory=self._pin)
+                self._fill(read, buffer)
+                for piece in read.pieces:
+                    work(Chunk(piece.tensor, piece.row_start, piece.row_stop, _view(piece, buffer)))
+            except BaseException as error:
+                with self._lock:
+                    self._stopped = True
+                failures.append((index, error))
+                return
+            with self._lock:
+                self.bytes_read += read.stop - read.start
 
     def _fill(self, read: Read, buffer: Tensor) -> None:
         view = buffer.numpy().data[: read.stop - read.start]
         at = read.start
         try:
-            # Two readers may open the same file at once; setdefault keeps one descriptor, the other is closed.
-            descriptor = self._files.get(read.file)
-            if descriptor is None:
-                opened = os.open(read.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                descriptor = self._files.setdefault(read.file, opened)
-                if descriptor != opened:
-                    os.close(opened)
             while view:
-                count = os.preadv(descriptor, [view], at)
+                count = os.preadv(self._files[read.file], [view], at)
                 if count == 0:
                     cut = next(piece.tensor for piece in read.pieces if piece.tensor.stop > at)
                     raise CheckpointError(
@@ -174,8 +207,23 @@ class RowStream:
                         f"{cut.stop:,}; the file was cut short while it was being read"
                     )
                 view, at = view[count:], at + count
+            if self._drop:
+                os.posix_fadvise(self._files[read.file], read.start, read.stop - read.start, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"{read.file}: reading bytes {at:,} to {read.stop:,}: {error.strerror}") from None
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+
+
+def default_readers() -> int:
+    """One for each CPU that this process may use, and at least so many that the disk has enough to do."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_READERS, max(FEWEST_READERS, cpus))
 
 
 def _view(piece: Piece, buffer: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from bigint8.checkpoint import open_checkpoint
 from bigint8.families import layout_of
 from bigint8.hardware import pick_dtype
-from bigint8.loader import stored_dtype
 from bigint8.pipeline import Pipeline
 from bigint8.planner import make_plan
 from bigint8.sources import find_source
+from bigint8.transfer import stored_dtype
 
 PROMPT = "The capital of France is"
 

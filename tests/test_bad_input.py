@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from bigint8 import BigInt8Error, CheckpointError, PlanError, load_sharded_int8
 from bigint8.checkpoint import INDEX_FILE, open_checkpoint
 from bigint8.launch import launch
-from bigint8.stream import RowStream
+from bigint8.stream import Chunk, RowStream
 
 Tensors = dict[str, Tensor]
 
@@ -529,8 +529,7 @@ def test_file_that_is_cut_short_while_it_is_read_is_refused(copy: Path) -> None:
     last = max((info for info in opened.tensors.values() if info.file == path), key=lambda info: info.stop)
     os.truncate(path, last.stop - 5)
     with pytest.raises(CheckpointError) as caught:
-        for _ in RowStream(opened.tensors.values()):
-            pass
+        RowStream(opened.tensors.values()).run(lambda chunk: None)
     message = str(caught.value)
     assert str(path) in message
     assert repr(last.name) in message
@@ -544,8 +543,7 @@ def test_file_that_is_cut_within_an_earlier_tensor_names_that_tensor(copy: Path)
     first = min((info for info in opened.tensors.values() if info.file == path), key=lambda info: info.start)
     os.truncate(path, first.start + 1)
     with pytest.raises(CheckpointError) as caught:
-        for _ in RowStream(opened.tensors.values()):
-            pass
+        RowStream(opened.tensors.values()).run(lambda chunk: None)
     assert repr(first.name) in str(caught.value)
 
 
@@ -554,12 +552,15 @@ def test_file_that_is_cut_between_two_reads_gives_the_rows_before_the_cut(copy: 
     info = opened.tensors[INT8_WEIGHT]
     whole = load_file(info.file)[INT8_WEIGHT]
     row_bytes = info.nbytes // info.rows
-    rows = []
+    rows: list[int] = []
+
+    def work(chunk: Chunk) -> None:
+        assert torch.equal(chunk.data, whole[chunk.row_start : chunk.row_stop])
+        rows.extend(range(chunk.row_start, chunk.row_stop))
+        os.truncate(info.file, info.start + 10 * row_bytes)
+
     with pytest.raises(CheckpointError, match="cut short"):
-        for chunk in RowStream([info], buffer_bytes=4 * row_bytes, buffers=1, readers=1):
-            assert torch.equal(chunk.data, whole[chunk.row_start : chunk.row_stop])
-            rows += range(chunk.row_start, chunk.row_stop)
-            os.truncate(info.file, info.start + 10 * row_bytes)
+        RowStream([info], buffer_bytes=4 * row_bytes, readers=1).run(work)
     assert rows == list(range(8))
 
 
@@ -568,8 +569,7 @@ def test_file_that_goes_away_while_it_is_read_is_refused(copy: Path) -> None:
     path = shard_of(copy, INT8_WEIGHT)
     path.unlink()
     with pytest.raises(CheckpointError, match="No such file") as caught:
-        for _ in RowStream(opened.tensors.values()):
-            pass
+        RowStream(opened.tensors.values()).run(lambda chunk: None)
     assert str(path) in str(caught.value)
 
 

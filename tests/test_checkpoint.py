@@ -744,6 +744,7 @@ def test_native_model_that_offers_remote_code_is_opened_without_it(tmp_path: Pat
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         ({"quantization_config": {"load_in_8bit": True}}, "unnamed"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
         ({"quantization_config": "awq"}, "awq"),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
     ],

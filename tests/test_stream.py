@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from bigint8.checkpoint import TensorInfo, read_header
 from bigint8.errors import CheckpointError
-from bigint8.stream import RowStream, plan_reads
+from bigint8.stream import Chunk, RowStream, plan_reads
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -29,13 +29,16 @@ def make_file(path: Path, shapes: list[tuple[int, ...]], seed: int = 0) -> dict[
 
 
 def read_all(stream: RowStream) -> dict[str, torch.Tensor]:
-    parts: dict[str, list[torch.Tensor]] = {}
-    rows: dict[str, int] = {}
-    for chunk in stream:
-        assert chunk.row_start == rows.get(chunk.tensor.name, 0), "rows come in order"
-        rows[chunk.tensor.name] = chunk.row_stop
-        parts.setdefault(chunk.tensor.name, []).append(chunk.data.clone())
-    return {name: pieces[0] if pieces[0].ndim == 0 else torch.cat(pieces) for name, pieces in parts.items()}
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+
+    def work(chunk: Chunk) -> None:
+        pieces = parts.setdefault(chunk.tensor.name, {})
+        assert chunk.row_start not in pieces, "each row comes once"
+        pieces[chunk.row_start] = chunk.data.clone()
+
+    stream.run(work)
+    ordered = {name: [pieces[row] for row in sorted(pieces)] for name, pieces in parts.items()}
+    return {name: pieces[0] if pieces[0].ndim == 0 else torch.cat(pieces) for name, pieces in ordered.items()}
 
 
 shape = st.one_of(
@@ -45,13 +48,13 @@ shape = st.one_of(
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(shape, min_size=1, max_size=8), st.integers(1, 5000), st.integers(1, 5), st.integers(1, 4), st.data())
-def test_what_is_read_is_what_was_written(tmp_path, shapes, buffer_bytes, buffers, readers, data):
+@given(st.lists(shape, min_size=1, max_size=8), st.integers(1, 5000), st.integers(1, 4), st.booleans(), st.data())
+def test_what_is_read_is_what_was_written(tmp_path, shapes, buffer_bytes, readers, drop, data):
     tensors = make_file(tmp_path / "a.safetensors", shapes, seed=len(shapes))
     wanted = data.draw(st.sets(st.sampled_from(sorted(tensors)), min_size=1))
     whole = data.draw(st.sets(st.sampled_from(sorted(wanted))))
     infos = [info for info in read_header(tmp_path / "a.safetensors") if info.name in wanted]
-    stream = RowStream(infos, whole, buffer_bytes, buffers, readers)
+    stream = RowStream(infos, whole, buffer_bytes, readers, drop=drop)
     result = read_all(stream)
     assert result.keys() == wanted
     for name in wanted:
@@ -81,9 +84,15 @@ def test_neighbouring_tensors_share_a_read(tmp_path):
 def test_chunks_are_views_of_a_few_buffers_whatever_the_size(tmp_path):
     make_file(tmp_path / "a.safetensors", [(400, 16)] * 9)
     infos = read_header(tmp_path / "a.safetensors")
-    stream = RowStream(infos, buffer_bytes=1024, buffers=3)
-    buffers = {chunk.data.untyped_storage().data_ptr() for chunk in stream}
-    assert len(buffers) == 3 and len(stream.reads) > 100
+    stream = RowStream(infos, buffer_bytes=1024, readers=3)
+    buffers, kept = set(), []  # what is kept is not freed, so no address is used twice
+
+    def work(chunk: Chunk) -> None:
+        kept.append(chunk.data)
+        buffers.add(chunk.data.untyped_storage().data_ptr())
+
+    stream.run(work)
+    assert 1 <= len(buffers) <= 3 * 2 and len(stream.reads) > 100
 
 
 def test_a_file_cut_short_after_its_header_was_read_is_named(tmp_path):
@@ -101,11 +110,29 @@ def test_a_file_that_went_away_is_named(tmp_path):
         read_all(RowStream([info]))
 
 
-def test_a_consumer_that_stops_early_leaves_no_thread_and_no_open_file(tmp_path):
+@pytest.mark.parametrize("readers", [1, 4])
+def test_work_that_fails_leaves_no_thread_and_no_open_file_and_the_first_failure_is_told(tmp_path, readers):
     make_file(tmp_path / "a.safetensors", [(4000, 16)] * 4)
     before = psutil.Process().num_fds()
-    iterator = iter(RowStream(read_header(tmp_path / "a.safetensors"), buffer_bytes=1024))
-    next(iterator)
-    iterator.close()
+    infos = read_header(tmp_path / "a.safetensors")
+
+    def work(chunk: Chunk) -> None:
+        if chunk.tensor.name == infos[1].name:
+            raise ValueError(f"row {chunk.row_start}")
+
+    stream = RowStream(infos, buffer_bytes=1024, readers=readers)
+    with pytest.raises(ValueError, match=r"^row 0$"):
+        stream.run(work)
+    assert infos[0].nbytes <= stream.bytes_read + 1024 * readers
+    assert stream.bytes_read < infos[0].nbytes + infos[1].nbytes
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("bigint8-read")]
     assert psutil.Process().num_fds() == before
+
+
+def test_progress_is_told_to_the_thread_that_runs_the_stream(tmp_path):
+    make_file(tmp_path / "a.safetensors", [(4000, 16)] * 2)
+    infos = read_header(tmp_path / "a.safetensors")
+    seen: list[tuple[str, int]] = []
+    RowStream(infos).run(lambda chunk: None, lambda done: seen.append((threading.current_thread().name, done)))
+    assert seen[-1] == (threading.current_thread().name, sum(info.nbytes for info in infos))
+    assert [done for _, done in seen] == sorted(done for _, done in seen)

@@ -17,12 +17,12 @@ import threading
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import njit, prange
 from torch import Tensor
 
-from .reference import FEW_ROWS, SMALLEST_ABSMAX, Activations, resolve_activations
+from .cpu_weights import row_scale
+from .numba_bits import magnitude, magnitude_to_float32, round_to_int8
+from .reference import FEW_ROWS, Activations, resolve_activations
 
 SLICE_FLOATS = 2**18
 """Size of the float32 slice of a weight in `multiply_float`: 1 MiB stays in a core's L2 cache."""
@@ -35,111 +35,7 @@ wake others, and on a busy machine much less, since numba and torch each wait fo
 _numba_lock = threading.Lock()
 
 
-# --- bits to numbers ---------------------------------------------------------------------------------------------
-# float16 arrives viewed as uint16 and bfloat16 as int16, since numpy knows no bfloat16 and numba no float16 on the CPU.
-
-
-@intrinsic
-def to_float32(typingctx, x):
-    """float16 bits (uint16), bfloat16 bits (int16) or a float32, as float32."""
-
-    def codegen(context, builder, signature, args):
-        (value,) = args
-        if x == types.uint16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        if x == types.int16:
-            wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(wide, ir.FloatType())
-        return value
-
-    return types.float32(x), codegen
-
-
-@intrinsic
-def magnitude(typingctx, x):
-    """The bits of x without its sign: unsigned integers that order as |x| does, NaN and infinity above all else."""
-
-    def codegen(context, builder, signature, args):
-        (value,) = args
-        if x == types.float32:
-            return builder.and_(builder.bitcast(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 0x7FFFFFFF))
-        return builder.and_(value, ir.Constant(ir.IntType(16), 0x7FFF))
-
-    return (types.uint32 if x == types.float32 else types.uint16)(x), codegen
-
-
-@intrinsic
-def magnitude_to_float32(typingctx, bits, like):
-    """The float32 whose magnitude in the format of `like` has these bits."""
-
-    def codegen(context, builder, signature, args):
-        value = args[0]
-        if like == types.uint16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        if like == types.int16:
-            wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(wide, ir.FloatType())
-        return builder.bitcast(value, ir.FloatType())
-
-    return types.float32(bits, like), codegen
-
-
-@intrinsic
-def round_to_int8(typingctx, x):
-    """float32 to the nearest int8, ties to even."""
-
-    def codegen(context, builder, signature, args):
-        rint = builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()])
-        wide = builder.fptosi(builder.call(rint, args), ir.IntType(32))
-        return builder.trunc(wide, ir.IntType(8))
-
-    return types.int8(x), codegen
-
-
-# --- quantization ------------------------------------------------------------------------------------------------
-
-
-@njit(inline="always")
-def _scales(absmax):
-    """The scale of a row and the factor that quantizes it, in float32; zeros for a row of zeros."""
-    if absmax < np.float32(SMALLEST_ABSMAX):
-        return np.float32(0.0), np.float32(0.0)
-    return absmax / np.float32(127.0), np.float32(127.0) * (np.float32(1.0) / absmax)
-
-
-@njit(nogil=True, cache=True)
-def _quantize_rows(source_RK, out_RK, scale_R):
-    bad = 0
-    for r in range(source_RK.shape[0]):
-        row = source_RK[r]
-        out = out_RK[r]
-        largest = magnitude(row[0])
-        for k in range(row.shape[0]):
-            m = magnitude(row[k])
-            if m > largest:
-                largest = m
-        absmax = magnitude_to_float32(largest, row[0])
-        if not absmax < np.float32(np.inf):
-            bad += 1
-        scale, inverse = _scales(absmax)
-        scale_R[r] = scale
-        for k in range(row.shape[0]):
-            out[k] = round_to_int8(to_float32(row[k]) * inverse)
-    return bad
-
-
-def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
-    """Quantize rows in place; a transposed source is copied first. False if a value is NaN or infinite.
-
-    One thread, without Python's lock: loading runs it beside the threads that read, and a parallel kernel would wait
-    for them at the end of every chunk.
-    """
-    if source_RK.numel() == 0:
-        scale_R.zero_()
-        return True
-    bits = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.float32: torch.float32}[source_RK.dtype]
-    source = source_RK.contiguous().view(bits).numpy()
-    return bool(_quantize_rows(source, out_RK.numpy(), scale_R.numpy()) == 0)
+# --- activations ---
 
 
 @njit(nogil=True, cache=True)
@@ -175,7 +71,7 @@ def _to_int8(x_TK, outliers_K, absmax_T, q_TK, scale_T, start, stop):
     some = outliers_K.any()
     for t in range(start, stop):
         row = x_TK[t]
-        scale_T[t], inverse = _scales(_absmax_without(row, outliers_K) if some else absmax_T[t])
+        scale_T[t], inverse = row_scale(_absmax_without(row, outliers_K) if some else absmax_T[t])
         for k in range(row.shape[0]):
             q_TK[t, k] = 0 if outliers_K[k] else round_to_int8(row[k] * inverse)
 
@@ -186,7 +82,7 @@ def _to_int8_grid(x_TK, outliers_K, absmax_T, rounded_TK, start, stop):
     some = outliers_K.any()
     for t in range(start, stop):
         row = x_TK[t]
-        scale, inverse = _scales(_absmax_without(row, outliers_K) if some else absmax_T[t])
+        scale, inverse = row_scale(_absmax_without(row, outliers_K) if some else absmax_T[t])
         for k in range(row.shape[0]):
             x = row[k]
             rounded_TK[t, k] = x if outliers_K[k] else np.float32(round_to_int8(x * inverse)) * scale

@@ -1,4 +1,4 @@
-"""Which implementation serves which device. The two functions here are all that a caller needs."""
+"""Which implementation serves which device. The functions here are all that a caller needs."""
 
 import torch
 from torch import Tensor
@@ -29,12 +29,33 @@ def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
             f"quantize_rows: source on {source_RK.device}, out on {out_RK.device}, scale on {scale_R.device}"
         )
     if source_RK.device.type == "cpu":
-        from . import cpu
+        from . import cpu_weights
 
-        return cpu.quantize_rows(source_RK, out_RK, scale_R)
+        return cpu_weights.quantize_rows(source_RK, out_RK, scale_R)
     from . import generic
 
     return generic.quantize_rows(source_RK, out_RK, scale_R)
+
+
+def copy_values(source: Tensor, out: Tensor) -> tuple[bool, bool]:
+    """Copy float16, bfloat16 or float32 values into another of these formats, in place, both contiguous on one device.
+
+    Returns whether all values are finite, and whether all still are in their new format. Raises TypeError and
+    ValueError for other dtypes and for shapes that differ.
+    """
+    if source.dtype not in SOURCE_DTYPES or out.dtype not in SOURCE_DTYPES:
+        raise TypeError(f"copy_values copies float16, bfloat16 and float32, not {source.dtype} to {out.dtype}")
+    if source.shape != out.shape or source.device != out.device:
+        raise ValueError(
+            f"copy_values: source {tuple(source.shape)} on {source.device} and out {tuple(out.shape)} on {out.device} "
+            "do not belong together"
+        )
+    if source.device.type == "cpu":
+        from . import cpu_weights
+
+        return cpu_weights.copy_values(source, out)
+    out.copy_(source)
+    return bool(torch.isfinite(source).all()), bool(torch.isfinite(out).all())
 
 
 def int8_linear(

@@ -1,0 +1,208 @@
+"""From a checkpoint's tensors to a model's slots: which goes where, and what happens to its rows on the way."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from bigint8_kernels import copy_values, quantize_rows
+from torch import Tensor
+
+from .checkpoint import Checkpoint, TensorInfo, check_weight_dtypes
+from .errors import CheckpointError
+from .stage import Skeleton, Slot
+from .stored_int8 import FORMAT, ROWS_AS_THEY_ARE, SCALES, absmax_to_scales
+from .stream import TORCH_DTYPES, Chunk
+
+SHOWN_NAMES = 10
+"""How many names an error lists."""
+
+
+class Step(Enum):
+    """What happens to a tensor: it is copied into the slot's dtype, quantized, or is a part of a stored int8 layer."""
+
+    COPY = "copy"
+    QUANTIZE = "quantize"
+    INT8 = "int8"
+    SCALES = "scales"
+    FORMAT = "format"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A tensor on its way into a slot. Several tensors fill the slot of a layer that is stored in int8."""
+
+    tensor: TensorInfo
+    slot: Slot
+    step: Step
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows must come at once: a transposed weight's scales are known only at its end."""
+        return self.step is Step.QUANTIZE and self.slot.transposed
+
+
+def name_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, TensorInfo]:
+    """The checkpoint's tensors by the names that the model has for them; those it does not want keep their own.
+
+    Handles what transformers renamed since (GPT-NeoX's `embed_out`), checkpoints saved from the base model, whose
+    names lack its prefix (BLOOM, GPT-2, OPT), and a tied pair of which only the other name was saved.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    model, wanted = skeleton.model, dict.fromkeys([*skeleton.slots, *skeleton.tied], True)
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    named: dict[str, TensorInfo] = {}
+    for name, tensor in checkpoint.tensors.items():
+        ours = name
+        module, _, attribute = name.rpartition(".")
+        if attribute in (SCALES, FORMAT):  # beside the weight that they belong to
+            ours = _renamed(f"{module}.weight", renamings, model.base_model_prefix, wanted)
+            ours = f"{ours.removesuffix('.weight')}.{attribute}"
+        elif name not in wanted:
+            ours = _renamed(name, renamings, model.base_model_prefix, wanted)
+        if ours in named:
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} and {named[ours].name!r} are both {ours!r}")
+        named[ours] = tensor
+    for target, origin in skeleton.tied.items():
+        if origin not in named and target in named:
+            named[origin] = named.pop(target)
+    return named
+
+
+def match_tensors(slots: dict[str, Slot], folder: Path, named: dict[str, TensorInfo]) -> list[Transfer]:
+    """What fills the slots. Raises CheckpointError for tensors that are missing, of another shape or dtype."""
+    missing = sorted(slots.keys() - named.keys())
+    if missing:
+        more = f" and {len(missing) - SHOWN_NAMES} more" if len(missing) > SHOWN_NAMES else ""
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensor{'s are' if len(missing) > 1 else ' is'} missing: "
+            f"{', '.join(missing[:SHOWN_NAMES])}{more}; it is incomplete or not this config's"
+        )
+    transfers = []
+    for name, slot in slots.items():
+        tensor = named[name]
+        if tensor.dtype == "I8" and slot.is_int8:
+            _check_shape(tensor, slot.data_shape)
+            transfers += [Transfer(tensor, slot, Step.INT8), *_beside(name, slot, tensor, named)]
+            continue
+        _check_shape(tensor, slot.shape)
+        check_weight_dtypes([tensor])
+        transfers.append(Transfer(tensor, slot, Step.QUANTIZE if slot.is_int8 else Step.COPY))
+    return transfers
+
+
+def unused_tensors(named: dict[str, TensorInfo], skeleton: Skeleton) -> list[str]:
+    """The tensors that no module wants, by their names in the checkpoint."""
+    wanted = set(skeleton.slots)
+    for name, slot in skeleton.slots.items():
+        if slot.is_int8 and name in named and named[name].dtype == "I8":
+            module = name.rpartition(".")[0]
+            wanted |= {f"{module}.{SCALES}", f"{module}.{FORMAT}"}
+    return sorted(tensor.name for name, tensor in named.items() if name not in wanted)
+
+
+def put_rows(transfer: Transfer, chunk: Chunk, out: Tensor, scale_R: Tensor | None) -> None:
+    """Bring a chunk of rows into `out`, on its device: rows of the slot's weight, scales for `Step.SCALES`.
+
+    `scale_R` takes the scales of rows that are quantized. Raises CheckpointError for values that no weight has.
+    """
+    tensor, data = transfer.tensor, chunk.data
+    match transfer.step:
+        case Step.INT8:
+            out.copy_(data)
+        case Step.SCALES:
+            if not absmax_to_scales(data.to(out.device), out):
+                raise _damaged(chunk, "a scale that is negative, NaN or infinite")
+        case Step.FORMAT:
+            if (stored := int(data)) != ROWS_AS_THEY_ARE:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {tensor.name!r} is {stored}, an order of int8 values that only old GPUs "
+                    "use; save the model again with a current bitsandbytes, or load the original checkpoint"
+                )
+        case Step.QUANTIZE:
+            assert scale_R is not None
+            data = data.to(out.device)
+            if not quantize_rows(data.T if transfer.slot.transposed else data, out, scale_R):
+                raise _damaged(chunk, "NaN or infinity")
+        case Step.COPY:
+            finite, fits = copy_values(data.to(out.device), out)
+            if not finite:
+                raise _damaged(chunk, "NaN or infinity")
+            if not fits:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {tensor.name!r} holds values too large for {out.dtype}; load with "
+                    "dtype='float32' or 'bfloat16'"
+                )
+
+
+def store(transfer: Transfer, chunk: Chunk) -> None:
+    """Bring a chunk of rows into its slot's memory."""
+    module = transfer.slot.module
+    weight: Tensor = getattr(module, transfer.slot.attribute).data
+    rows = slice(None) if transfer.whole else slice(chunk.row_start, chunk.row_stop)
+    scale = module.scale if transfer.slot.is_int8 else None
+    if transfer.step is Step.SCALES:
+        assert isinstance(scale, Tensor)
+        put_rows(transfer, chunk, scale[rows], None)
+    elif transfer.step is Step.FORMAT:
+        put_rows(transfer, chunk, weight, None)
+    else:
+        put_rows(transfer, chunk, weight[rows] if weight.ndim else weight, scale[rows] if scale is not None else None)  # type: ignore[index]
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that most of the checkpoint's bytes are stored in, besides int8, as torch names it."""
+    sizes: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        if not tensor.name.endswith((f".{SCALES}", f".{FORMAT}")):
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    floats = {dtype: size for dtype, size in sizes.items() if dtype in ("F16", "BF16", "F32")}
+    if not floats:
+        check_weight_dtypes(checkpoint.tensors.values())
+        raise CheckpointError(f"{checkpoint.folder}: the checkpoint holds no tensors")
+    return str(TORCH_DTYPES[max(floats, key=lambda dtype: floats[dtype])]).removeprefix("torch.")
+
+
+def _renamed(name: str, renamings: list[object], prefix: str, wanted: dict[str, bool]) -> str:
+    from transformers.core_model_loading import rename_source_key
+
+    if name in wanted:
+        return name
+    ours, _ = rename_source_key(name, renamings, [], prefix, wanted)
+    return str(ours)
+
+
+def _beside(name: str, slot: Slot, weight: TensorInfo, named: dict[str, TensorInfo]) -> Iterable[Transfer]:
+    """The scales, and the note of their format, of a weight that is stored in int8."""
+    module = name.rpartition(".")[0]
+    scales, order = named.get(f"{module}.{SCALES}"), named.get(f"{module}.{FORMAT}")
+    if scales is None:
+        raise CheckpointError(
+            f"{weight.file}: tensor {weight.name!r} is int8, but its scales, {module}.{SCALES}, are missing; without "
+            "them it means nothing: save the model again, or load the original checkpoint"
+        )
+    if scales.dtype != "F32":
+        raise CheckpointError(f"{scales.file}: tensor {scales.name!r} is stored as {scales.dtype}; scales must be F32")
+    _check_shape(scales, (slot.out_features,))
+    yield Transfer(scales, slot, Step.SCALES)
+    if order is not None:
+        if order.dtype != "U8" or order.nbytes != 1:
+            raise CheckpointError(f"{order.file}: tensor {order.name!r} is not one uint8, as bitsandbytes writes it")
+        yield Transfer(order, slot, Step.FORMAT)
+
+
+def _check_shape(tensor: TensorInfo, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, but the config asks for "
+            f"{list(expected)}"
+        )
+
+
+def _damaged(chunk: Chunk, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{chunk.tensor.file}: tensor {chunk.tensor.name!r} holds {what} in rows {chunk.row_start} to "
+        f"{chunk.row_stop - 1}; the checkpoint is damaged, download it again"
+    )
