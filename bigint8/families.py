@@ -5,10 +5,11 @@ its modules in transformers, and a function that counts its layers from the conf
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import PlanError
+from .stored_int8 import has_int8_head
 
 Config = Mapping[str, Any]
 
@@ -37,9 +38,9 @@ class Part:
 class Layout:
     """The sizes of a model: `blocks` decoder layers around the embeddings, the final norm and the head.
 
-    `head` lacks its matrix when it is tied to the embeddings. `kv_values` is the size of a token in a block's cache;
-    `windows` holds each block's sliding window in tokens, None where it attends to all; `eager_heads` the heads whose
-    attention scores are written out, 0 where attention is fused.
+    `head` lacks its matrix when it is tied to the embeddings; `head_width` is that matrix's number of columns.
+    `kv_values` is the size of a token in a block's cache; `windows` holds each block's sliding window in tokens, None
+    where it attends to all; `eager_heads` the heads whose attention scores are written out, 0 where attention is fused.
     """
 
     embeddings: Part
@@ -53,6 +54,7 @@ class Layout:
     widest: int
     vocab: int
     max_context: int | None
+    head_width: int
     eager_heads: int = 0
 
     def kv_bytes(self, block: int, context: int, batch_size: int, dtype_bytes: int) -> int:
@@ -141,6 +143,7 @@ def _layout(
         widest=widest,
         vocab=vocab,
         max_context=max_context,
+        head_width=hidden,
         eager_heads=eager_heads,
     )
 
@@ -224,9 +227,7 @@ def _opt(config: Config) -> Layout:
         final=final,
         max_context=positions,
     )
-    if tied or width == h:
-        return layout
-    return Layout(**{**layout.__dict__, "head": _others(vocab * width)})
+    return replace(layout, head_width=width, head=layout.head if tied else _others(vocab * width))
 
 
 def _bloom(config: Config) -> Layout:
@@ -365,15 +366,29 @@ def family_of(model_type: str) -> Family:
     )
 
 
-def layout_of(config: Config) -> Layout:
-    """The sizes of a model from its config.json. Raises PlanError for an unknown family or a config without a size."""
+def layout_of(config: Config, int8_head: bool = False) -> Layout:
+    """The sizes of a model from its config.json, with its head in int8 if that is asked for or stored so.
+
+    Raises PlanError for an unknown family or a config without a size.
+    """
     family = family_of(config["model_type"])
     try:
         layout = family.layout(config)
         _check(layout)
+        if int8_head or has_int8_head(config, family.head):
+            layout = _with_int8_head(layout)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise PlanError(f"the config of this {family.name} model lacks or garbles a size ({error!r})") from None
     return layout
+
+
+def _with_int8_head(layout: Layout) -> Layout:
+    """The head's matrix, and with it the embeddings where the two are tied, in int8."""
+    values = layout.vocab * layout.head_width
+    change = Part(int8_values=values, int8_rows=layout.vocab, other_values=-values)
+    if layout.tied:
+        return replace(layout, embeddings=layout.embeddings + change)
+    return replace(layout, head=layout.head + change)
 
 
 def _check(layout: Layout) -> None:

@@ -4,47 +4,34 @@ python -m bigint8.launch --model NAME_OR_PATH --gpus N [--prompt TEXT]...
 """
 
 import json
-import os
-import signal
 import sys
 import time
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from .command import (
+    DEFAULT_CONTEXT,
+    DEFAULT_GPU_TYPE,
+    DeviceChoice,
+    DtypeChoice,
+    devices_to_plan_for,
+    dtype_of_source,
+    run_command,
+    unwind_on_sigterm,
+)
 from .errors import BigInt8Error
-from .families import Layout, layout_of
-from .hardware import Device, cuda_devices, find_devices, gpu_presets, pick_dtype, preset_gpus
-from .planner import Plan, fewest_devices, make_plan
+from .families import layout_of
+from .hardware import find_devices, pick_dtype
+from .planner import Plan, make_plan
 from .report import print_plan, print_summary
-from .sources import Source, find_source
+from .sources import find_source
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
-
-DEFAULT_GPU_TYPE = "rtx-3090"
-DEFAULT_CONTEXT = 2048
-
-
-class DeviceChoice(str, Enum):
-    """Values of --device."""
-
-    auto = "auto"
-    cuda = "cuda"
-    cpu = "cpu"
-
-
-class DtypeChoice(str, Enum):
-    """Values of --dtype."""
-
-    auto = "auto"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -60,7 +47,10 @@ def launch(
     device: Annotated[DeviceChoice, typer.Option(help="What the workers run on.")] = DeviceChoice.auto,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence to leave room for (2048).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run at once.")] = 1,
-    threshold: Annotated[float, typer.Option(min=0.0, help="Outlier threshold of LLM.int8(); 0 is none.")] = 6.0,
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, help="Outlier threshold of LLM.int8(), 6.0 by default; 0 is none.")
+    ] = None,
+    int8_head: Annotated[bool, typer.Option("--int8-head", help="The output head in int8 too.")] = False,
     dtype: Annotated[DtypeChoice, typer.Option(help="Of what is not int8.")] = DtypeChoice.auto,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and stop; needs no weights.")] = False,
     gpu_type: Annotated[
@@ -77,16 +67,16 @@ def launch(
     console = Console(highlight=False)
     result: dict[str, Any] = {"model": model}
     source = find_source(model, checkpoint, revision, fetch=not plan_only)
-    layout = layout_of(source.config(trust_remote_code))
+    layout = layout_of(source.config(trust_remote_code), int8_head)
     context = context or min(DEFAULT_CONTEXT, layout.max_context or DEFAULT_CONTEXT)
     if plan_only or source.folder is None:
-        devices, note = _devices_to_plan_for(
+        devices, note = devices_to_plan_for(
             layout, source, gpus, device.value, gpu_type, dtype.value, context, batch_size
         )
         if note:
             console.print(note, soft_wrap=True)
         plan = make_plan(
-            source.name, layout, devices, pick_dtype(dtype.value, _stored_dtype(source), devices), context, batch_size
+            source.name, layout, devices, pick_dtype(dtype.value, dtype_of_source(source), devices), context, batch_size
         )
         print_plan(console, plan)
         _write_json(json_file, result | {"plan": plan.to_dict()})
@@ -116,12 +106,13 @@ def launch(
             f"--gpus {count}: {source.name} has {len(layout.blocks)} blocks; use at most that many devices"
         )
     with Pipeline(count, kind, address) as pipeline:  # type: ignore[arg-type]
-        _unwind_on_sigterm()  # again: Ray has put a handler in its place that aborts
+        unwind_on_sigterm()  # again: Ray has put a handler in its place that aborts
         devices = pipeline.devices()
         plan = make_plan(source.name, layout, devices, pick_dtype(dtype.value, stored, devices), context, batch_size)
         print_plan(console, plan)
         load_started = time.perf_counter()
-        reports = pipeline.load(source.folder, plan, Int8Config(threshold=threshold), True, trust_remote_code)
+        chosen: dict[str, Any] = {"int8_head": int8_head} | ({} if threshold is None else {"threshold": threshold})
+        reports = pipeline.load(source.folder, plan, Int8Config(**chosen), True, trust_remote_code)
         load_seconds = time.perf_counter() - load_started
         print_summary(console, plan, reports, stored, load_seconds)
         result |= {
@@ -134,39 +125,6 @@ def launch(
         _write_json(json_file, result)
         if not prompt and sys.stdin.isatty() and sys.stdout.isatty():
             runner.chat()
-
-
-def _devices_to_plan_for(
-    layout: Layout,
-    source: Source,
-    count: int | None,
-    kind: str,
-    gpu_type: str | None,
-    dtype: str,
-    context: int,
-    batch_size: int,
-) -> tuple[list[Device], str | None]:
-    """The devices of a plan that need not be there, and a note that says so."""
-    if gpu_type is None and (kind != "auto" or cuda_devices()):
-        return find_devices(kind, count)  # type: ignore[arg-type]
-    name = gpu_type or DEFAULT_GPU_TYPE
-    one = preset_gpus(name, 1)[0]
-    if count is None:
-        chosen = pick_dtype(dtype, _stored_dtype(source), [one])
-        count = fewest_devices(source.name, layout, one, chosen, context, batch_size)
-    note = f"planned for {count} x {one.model}"
-    if gpu_type is None:
-        note = f"no GPU was found: {note}; --gpu-type names another ({', '.join(sorted(gpu_presets()))})"
-    return preset_gpus(name, count), note
-
-
-def _stored_dtype(source: Source) -> str:
-    """What the weights are stored as, as far as a config or preset tells."""
-    if source.folder is None and source.preset is not None:
-        return source.preset.dtype
-    config = source.config(trust_remote_code=True)
-    stored = config.get("dtype") or config.get("torch_dtype")
-    return stored if stored in ("float16", "bfloat16", "float32") else "float16"
 
 
 def _write_json(file: Path | None, result: dict[str, Any]) -> None:
@@ -290,24 +248,9 @@ class _Runner:
             del turns[:2]
 
 
-def _unwind_on_sigterm() -> None:
-    """A plain kill ends the workers too: SystemExit unwinds through the pipeline's context manager."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
 def main() -> None:
-    """Run the command line; errors of bigint8 are printed without a traceback and exit with 2."""
-    _unwind_on_sigterm()
-    try:
-        app()
-    except BigInt8Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    """Run the command line."""
+    run_command(app)
 
 
 if __name__ == "__main__":

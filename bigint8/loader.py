@@ -1,5 +1,6 @@
 """Loading: stream the checkpoint, quantize on the device, write into memory that was allocated once, up front."""
 
+import functools
 import os
 import resource
 import shutil
@@ -9,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,9 +23,10 @@ from .hardware import available_memory
 from .memory import HostMemory, MappedFiles, aligned
 from .placement import new_offload_folder, resolve_device_map
 from .progress import LoadProgress
+from .save import save_int8
 from .sources import find_source
 from .stage import Skeleton, Slot, StageModel, build_skeleton
-from .stored_int8 import int8_modules, stored_threshold
+from .stored_int8 import stored_threshold
 from .stream import BUFFER_BYTES, PINNED_BUFFER_BYTES, TORCH_DTYPES, RowStream
 from .transfer import Step, Transfer, match_tensors, name_tensors, store, stored_dtype, unused_tensors
 
@@ -76,8 +78,10 @@ def load_sharded_int8(
     offload_folder: where weights that fit nowhere else are kept in files that are mapped into memory, in a folder of
         their own that goes when the model does
 
-    The model has `hf_device_map` and `load_report`. Raises CheckpointError for a checkpoint that is missing or wrong,
-    PlanError when it does not fit or the device map does not cover the model. Nothing half-loaded is returned.
+    An int8 checkpoint (of `save_int8`, `python -m bigint8.quantize` or bitsandbytes) is recognised; on the CPU its
+    weights are mapped files. The model has `hf_device_map`, `load_report` and `save_int8(folder)`. Raises
+    CheckpointError for a checkpoint that is missing or wrong, PlanError when it does not fit or the device map does not
+    cover the model. Nothing half-loaded is returned.
     """
     wanted_dtype = str(dtype).removeprefix("torch.") if dtype != "auto" else (config or Int8Config()).dtype
     if wanted_dtype not in ("auto", "float16", "bfloat16", "float32"):
@@ -122,6 +126,7 @@ def load_sharded_int8(
         model.generation_config = generation_config
     model.config.name_or_path = model.name_or_path = str(checkpoint.folder)
     model.load_report = report
+    model.save_int8 = _saver(model)
     model.register_forward_pre_hook(_context_check(context), with_kwargs=True)
     return model
 
@@ -183,7 +188,7 @@ def checkpoint_skeleton(
     checkpoint: Checkpoint, hf_config: Any, int8: Int8Config, dtype: str, trust_remote_code: bool
 ) -> Skeleton:
     """The model that the checkpoint's tensors go into. Raises CheckpointError for a config that makes none."""
-    stored = int8_modules(checkpoint.tensors) if checkpoint.is_int8 else None
+    stored = list(checkpoint.tensors) if checkpoint.is_int8 else None
     try:
         return build_skeleton(hf_config, int8, getattr(torch, dtype), trust_remote_code, stored)
     except BigInt8Error:
@@ -337,6 +342,17 @@ def check_context(tokens: int, context: int) -> None:
             f"{tokens} tokens in one sequence, but the model was loaded for a context of {context}; shorten the "
             "prompt, ask for fewer new tokens, or load with a larger context (--context)"
         )
+
+
+def _saver(model: nn.Module) -> Callable[..., None]:
+    """`save_int8` of this model, without a reference to it: that would keep its memory until a garbage collection."""
+    reference = weakref.ref(model)
+
+    @functools.wraps(save_int8)
+    def save(folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        save_int8(cast(nn.Module, reference()), folder, **kwargs)
+
+    return save
 
 
 def _context_check(context: int) -> Callable[..., None]:

@@ -14,6 +14,7 @@ from torch import nn
 from .errors import PlanError
 from .families import FAMILIES, Layout, layout_of
 from .hardware import DTYPE_BYTES, Device, cpu_device, cuda_devices, pick_dtype
+from .linear import Int8Linear
 from .planner import Plan, check_request, fill_in_order, make_plan, readable
 from .stage import Skeleton
 
@@ -108,7 +109,7 @@ def resolve_device_map(
     skeleton = skeleton_for(dtype)
     if all(hf_config.model_type not in family.model_types for family in FAMILIES):
         return _place_unknown(skeleton, devices)
-    layout = layout_of(hf_config.to_dict())
+    layout = layout_of(hf_config.to_dict(), _has_int8_head(skeleton))
     placement = Placement(skeleton, _plan_map(skeleton, layout, devices, dtype, context, batch_size, offload_folder))
     _check_room(placement, max_memory, hf_config, context, batch_size, dtype)  # skipped modules are not in the plan
     return placement
@@ -150,6 +151,10 @@ def _by_module(skeleton: Skeleton, plan: Plan) -> dict[str, str]:
         result |= {f"{family.blocks}.{b}": stage.device.name for b in range(stage.first_block, stage.last_block)}
     result |= {name: last for name in family.last_stage if name in present}
     return result | {family.head: first if skeleton.tied else last}
+
+
+def _has_int8_head(skeleton: Skeleton) -> bool:
+    return skeleton.head is not None and isinstance(skeleton.model.get_submodule(skeleton.head), Int8Linear)
 
 
 def _place_unknown(skeleton: Skeleton, devices: Sequence[Device]) -> Placement:

@@ -6,7 +6,7 @@ embeddings give zero and the embedding norm is the identity. Hidden states go in
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -18,6 +18,8 @@ from .errors import BigInt8Error
 from .families import Family
 from .linear import Int8Embedding, Int8Linear, empty_like, is_linear, is_transposed
 from .memory import HostMemory
+from .naming import model_names
+from .stored_int8 import SCALES
 
 
 @dataclass
@@ -108,12 +110,12 @@ def build_skeleton(
     int8: Int8Config,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    stored_int8: Callable[[str], bool] | None = None,
+    int8_names: Iterable[str] | None = None,
 ) -> Skeleton:
     """Build the model that a transformers config describes, its linear layers replaced by empty Int8Linears.
 
-    `stored_int8` tells of a module, by name, whether the checkpoint holds it in int8 already; None where it holds none
-    that way. Then these modules are int8, and besides them only the head, if the settings say so.
+    `int8_names` are the tensor names of a checkpoint that holds linear layers in int8 already, None for another one.
+    Then these layers are int8, and besides them only the head, if the settings say so.
 
     Parameters are on the meta device and take no memory; buffers that no checkpoint holds (rotary frequencies) are
     computed on the CPU.
@@ -127,10 +129,18 @@ def build_skeleton(
     head_module = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is head_module), None)
     tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
-    transposed = _replace_linears(model, int8, head, tied, stored_int8)
+    stored = None if int8_names is None else _stored_int8(model, int8_names)
+    transposed = _replace_linears(model, int8, head, tied, stored)
     skeleton = Skeleton(model, _slots(model, tied, transposed), tied, head)
     skeleton.tie()  # so that each parameter counts once
     return skeleton
+
+
+def _stored_int8(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The modules whose int8 scales are among a checkpoint's tensors."""
+    ours_of = model_names(model, model.state_dict())
+    ours = [ours_of(name) for name in names if name.endswith(f".{SCALES}")]
+    return {name.removesuffix(f".{SCALES}") for name in ours}
 
 
 def _replace_linears(
@@ -138,7 +148,7 @@ def _replace_linears(
     int8: Int8Config,
     head: str | None,
     tied: Mapping[str, str],
-    stored_int8: Callable[[str], bool] | None,
+    stored: set[str] | None,
 ) -> set[str]:
     """Put an empty Int8Linear in the place of each linear layer; the names of those stored transposed."""
     transposed = set()
@@ -147,10 +157,10 @@ def _replace_linears(
         if not is_linear(module) or name in origin_of.values():
             continue
         origin = origin_of.get(name, name)
-        if stored_int8 is None:
+        if stored is None:
             convert = not int8.skips(name, head) and (name == origin or int8.int8_head)
         else:
-            convert = stored_int8(origin) or (name == head and int8.int8_head)
+            convert = origin in stored or (name == head and int8.int8_head)
             if int8.skip_modules is not None and convert and int8.skips(name, head):
                 raise BigInt8Error(
                     f"skip_modules names {name}, which this checkpoint holds in int8; load the original checkpoint, "
@@ -175,6 +185,12 @@ def _replace_embedding(model: nn.Module, name: str) -> None:
         )
     rows, width = module.weight.shape
     _set(model, name, Int8Embedding(rows, width, module.weight.device, module.weight.dtype))
+
+
+def model_slots(model: nn.Module) -> dict[str, Slot]:
+    """The slots of a model that is loaded, tied tensors once."""
+    tied = getattr(model, "get_expanded_tied_weights_keys", None)
+    return _slots(model, tied(all_submodels=True) if tied else {}, set())
 
 
 def _slots(model: nn.Module, tied: Mapping[str, str], transposed: set[str]) -> dict[str, Slot]:

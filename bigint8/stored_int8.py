@@ -6,7 +6,7 @@ for rows as they are. config.json says so under `quantization_config`.
 Source: bitsandbytes, `Linear8bitLt._save_to_state_dict`; transformers, `BitsAndBytesConfig`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,13 +50,12 @@ def stored_threshold(config: Mapping[str, Any]) -> float | None:
     return float(threshold) if is_number and 0 <= threshold < float("inf") else None
 
 
-def int8_modules(names: Iterable[str]) -> Callable[[str], bool]:
-    """A test of which modules are stored in int8, given the checkpoint's tensor names.
-
-    Checkpoints saved from a base model lack its prefix, so a module is known without its first component too.
-    """
-    stored = {name.removesuffix(f".{SCALES}") for name in names if name.endswith(f".{SCALES}")}
-    return lambda module: module in stored or module.partition(".")[2] in stored
+def has_int8_head(config: Mapping[str, Any], head: str) -> bool:
+    """Whether config.json describes int8 weights with the output head, by name, among them."""
+    if not is_int8_config(config):
+        return False
+    skipped = config["quantization_config"].get("llm_int8_skip_modules")
+    return isinstance(skipped, list) and head not in skipped  # without a list, bitsandbytes leaves the head out
 
 
 def scales_to_absmax(scale_R: "Tensor") -> "Tensor":

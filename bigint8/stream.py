@@ -143,7 +143,7 @@ class RowStream:
         self._lock = threading.Lock()
         self._stopped = False
 
-    def run(self, work: Callable[[Chunk], None], on_progress: Callable[[int], None] | None = None) -> None:
+    def run(self, work: Callable[[Chunk], object], on_progress: Callable[[int], None] | None = None) -> None:
         """Read everything; call `work` with each chunk and, from this thread, `on_progress` with `bytes_read`.
 
         Raises what `work` raised first, in file order, and CheckpointError if a file ends early or cannot be read.
@@ -171,7 +171,7 @@ class RowStream:
             raise min(failures, key=lambda failure: failure[0])[1]
 
     def _read_on(
-        self, upcoming: Iterator[tuple[int, Read]], work: Callable[[Chunk], None], failures: list[Any]
+        self, upcoming: Iterator[tuple[int, Read]], work: Callable[[Chunk], object], failures: list[Any]
     ) -> None:
         """One reader: the next read, its chunks, and so on. Reads begin in order: a failure stops only later ones."""
         buffer = torch.empty(0, dtype=torch.uint8)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import torch
 from bigint8_kernels import copy_values, quantize_rows
 from torch import Tensor
 
 from .checkpoint import Checkpoint, TensorInfo, check_weight_dtypes
 from .errors import CheckpointError
+from .naming import model_names
 from .stage import Skeleton, Slot
 from .stored_int8 import FORMAT, ROWS_AS_THEY_ARE, SCALES, absmax_to_scales
 from .stream import TORCH_DTYPES, Chunk
@@ -45,23 +47,12 @@ class Transfer:
 def name_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, TensorInfo]:
     """The checkpoint's tensors by the names that the model has for them; those it does not want keep their own.
 
-    Handles what transformers renamed since (GPT-NeoX's `embed_out`), checkpoints saved from the base model, whose
-    names lack its prefix (BLOOM, GPT-2, OPT), and a tied pair of which only the other name was saved.
+    Of a tied pair, the one that was saved is the one that is kept, whichever that is.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    model, wanted = skeleton.model, dict.fromkeys([*skeleton.slots, *skeleton.tied], True)
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    ours_of = model_names(skeleton.model, [*skeleton.slots, *skeleton.tied])
     named: dict[str, TensorInfo] = {}
     for name, tensor in checkpoint.tensors.items():
-        ours = name
-        module, _, attribute = name.rpartition(".")
-        if attribute in (SCALES, FORMAT):  # beside the weight that they belong to
-            ours = _renamed(f"{module}.weight", renamings, model.base_model_prefix, wanted)
-            ours = f"{ours.removesuffix('.weight')}.{attribute}"
-        elif name not in wanted:
-            ours = _renamed(name, renamings, model.base_model_prefix, wanted)
+        ours = ours_of(name)
         if ours in named:
             raise CheckpointError(f"{tensor.file}: tensor {name!r} and {named[ours].name!r} are both {ours!r}")
         named[ours] = tensor
@@ -152,6 +143,22 @@ def store(transfer: Transfer, chunk: Chunk) -> None:
         put_rows(transfer, chunk, weight[rows] if weight.ndim else weight, scale[rows] if scale is not None else None)  # type: ignore[index]
 
 
+def convert(transfer: Transfer, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A chunk of rows as it would be stored, on the CPU, and the scales of rows that are quantized.
+
+    `dtype` is that of values that are only copied. Raises what `put_rows` raises.
+    """
+    data = chunk.data
+    if transfer.step is Step.QUANTIZE:
+        shape = data.shape[::-1] if transfer.slot.transposed else data.shape
+        out, scale_R = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
+        put_rows(transfer, chunk, out, scale_R)
+        return out, scale_R
+    out = torch.empty(data.shape, dtype=dtype if transfer.step is Step.COPY else data.dtype)
+    put_rows(transfer, chunk, out, None)
+    return out, None
+
+
 def stored_dtype(checkpoint: Checkpoint) -> str:
     """The dtype that most of the checkpoint's bytes are stored in, besides int8, as torch names it."""
     sizes: dict[str, int] = {}
@@ -163,15 +170,6 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
         check_weight_dtypes(checkpoint.tensors.values())
         raise CheckpointError(f"{checkpoint.folder}: the checkpoint holds no tensors")
     return str(TORCH_DTYPES[max(floats, key=lambda dtype: floats[dtype])]).removeprefix("torch.")
-
-
-def _renamed(name: str, renamings: list[object], prefix: str, wanted: dict[str, bool]) -> str:
-    from transformers.core_model_loading import rename_source_key
-
-    if name in wanted:
-        return name
-    ours, _ = rename_source_key(name, renamings, [], prefix, wanted)
-    return str(ours)
 
 
 def _beside(name: str, slot: Slot, weight: TensorInfo, named: dict[str, TensorInfo]) -> Iterable[Transfer]:
