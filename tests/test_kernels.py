@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from bigint8_kernels import cpu, generic, int8_linear, quantize_rows, reference
+from bigint8_kernels import copy_values, cpu, generic, int8_linear, quantize_rows, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,17 +72,63 @@ def test_the_cpu_layer_equals_the_float64_definition(shape, dtype, outliers, act
 
 @settings(deadline=None, max_examples=60)
 @given(shapes, outlier_kinds, st.booleans())
-def test_the_integer_and_the_float_product_give_the_same_decomposition(shape, outliers, parallel):
-    """Only one of them serves a given CPU, so each is called by name."""
+def test_the_product_with_and_the_one_without_vnni_give_the_same_decomposition(shape, outliers, parallel):
+    """Only one of them serves many rows on a given CPU, so each is called by name."""
     t, k, n = shape
     weight, scale = random_weight(n, k, seed=n)
     x = random_activations(t, k, torch.float32, outliers, seed=k)
     expected = reference.int8_linear(x, weight, scale, None, 6.0, "int8", torch.float64)
     with many_threads(parallel):
-        rounded = cpu.round_activations(x, 6.0)
-        assert_close(cpu.multiply_int8(x, weight, scale, 6.0), expected, torch.float32)
-        assert_close(cpu.multiply_float(rounded, weight, scale), expected, torch.float32)
-        assert_close(cpu.multiply_few_rows(rounded, weight, scale), expected, torch.float32)
+        assert_close(cpu.linear_vnni(x, weight, scale, None, 6.0), expected, torch.float32)
+        assert_close(cpu.linear_int8(x, weight, scale, None, 6.0), expected, torch.float32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, outlier_kinds, st.booleans())
+def test_16_bit_activations_are_rounded_as_defined(shape, outliers, parallel):
+    x = random_activations(shape[0], 7 * shape[1], torch.float32, outliers, seed=shape[2])  # several blocks, and a part
+    expected = reference.round_to_16bit(x)
+    with many_threads(parallel):
+        y = cpu.linear_16bit(x, torch.eye(x.shape[1], dtype=torch.int8), torch.ones(x.shape[1]), None)
+    step = x.abs().amax(dim=1, keepdim=True) / 32767
+    assert ((y - expected).abs() <= 1.01 * step).all()
+    assert ((y - x).abs() <= 0.52 * step).all()
+    assert (y != expected).sum() <= 1 + y.numel() // 1000  # a tie may fall to the other side
+
+
+def test_16_bit_floats_are_16_bit_as_they_are():
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.randn(3, 700).to(dtype)
+        assert reference.round_to_16bit(x) is x
+
+
+def test_sums_of_the_largest_products_do_not_overflow():
+    k = 4096
+    x, weight = torch.full((17, k), -3.0), torch.full((5, k), -128, dtype=torch.int8)
+    for mode in ("int8", "16bit"):
+        y = cpu.int8_linear(x, weight, torch.ones(5), None, 0.0, mode)
+        assert torch.allclose(y, torch.full((17, 5), 3.0 * 128 * k))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 3000), st.sampled_from(DTYPES), st.sampled_from(DTYPES))
+def test_values_are_copied_between_formats_as_torch_does(count, source, target):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count)).mul(10).to(source)
+    values[count // 2] = 0.0
+    out = torch.full((count,), 99.0, dtype=target)
+    assert copy_values(values, out) == (True, True)
+    assert torch.equal(out, values.to(target))
+
+
+def test_values_that_do_not_fit_their_new_format_are_noticed():
+    out = torch.empty(3, dtype=torch.float16)
+    assert copy_values(torch.tensor([1.0, 1e6, 2.0]), out) == (True, False)
+    assert copy_values(torch.tensor([1.0, float("nan"), 2.0]), out) == (False, False)
+    assert copy_values(torch.tensor([1.0, float("-inf"), 2.0]), torch.empty(3)) == (False, False)
+    with pytest.raises(TypeError, match="int8"):
+        copy_values(torch.zeros(3, dtype=torch.int8), out)
+    with pytest.raises(ValueError, match="do not belong together"):
+        copy_values(torch.zeros(4), out)
 
 
 @settings(deadline=None, max_examples=60)
@@ -97,12 +143,10 @@ def test_the_plain_torch_path_equals_the_definition(shape, dtype, outliers, acti
 
 def test_a_weight_larger_than_one_slice_is_multiplied_whole(monkeypatch):
     monkeypatch.setattr(generic, "SLICE_BYTES", 4 * 64 * 7)
-    monkeypatch.setattr(cpu, "SLICE_FLOATS", 64 * 7)
     weight, scale = random_weight(50, 64, seed=0)
     x = random_activations(20, 64, torch.float32, "some", seed=0)
     expected = reference.int8_linear(x, weight, scale, None, 6.0, "16bit", torch.float64)
     assert_close(generic.int8_linear(x, weight, scale, None, 6.0, "16bit"), expected, torch.float32)
-    assert_close(cpu.multiply_float(x, weight, scale), expected, torch.float32)
 
 
 def test_the_definition_is_that_of_the_paper():

@@ -1,15 +1,12 @@
-"""Int8 on the CPU: row kernels in numba, products in integer or float GEMMs.
+"""The int8 linear layer on the CPU.
 
-Three ways to multiply, each within rounding of `reference.int8_linear`:
+The activations are made integers first: int8 with one scale a token for LLM.int8(), with the outlier columns zero and
+multiplied apart; int16 with a scale for each block of a token where they are to stay 16-bit, which is finer than either
+16-bit float. Then one kernel multiplies them with the weights (`cpu_product`), reading each weight once. Where the CPU
+has int8 dot products (VNNI), many rows of int8 go through `torch._int_mm` instead.
 
-- `multiply_few_rows`: each int8 weight is read once, converted in registers and multiplied by every row of X. For
-  decoding, where reading the weights is the whole cost.
-- `multiply_int8`: `torch._int_mm`, then one pass that rescales. Where the CPU has int8 dot products (VNNI); elsewhere
-  torch runs that product as a plain loop, some 25 times slower than float32.
-- `multiply_float`: a slice of the weight at a time becomes float32 and goes through the float GEMM. The activations
-  are rounded to their int8 grid first and outlier columns stay as they are, so one product gives both parts.
-
-Dimensions: T tokens, K input features, N output features, R rows of a weight slice.
+Each function here is within rounding of its definition in `reference`. Dimensions: T tokens, K input features,
+N output features, B blocks of K.
 """
 
 import threading
@@ -20,12 +17,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from .cpu_product import multiply, multiply_parallel
 from .cpu_weights import row_scale
-from .numba_bits import magnitude, magnitude_to_float32, round_to_int8
-from .reference import FEW_ROWS, Activations, resolve_activations
-
-SLICE_FLOATS = 2**18
-"""Size of the float32 slice of a weight in `multiply_float`: 1 MiB stays in a core's L2 cache."""
+from .numba_bits import magnitude, magnitude_to_float32, round_to_int8, round_to_int16
+from .reference import BLOCK, FEW_ROWS, LARGEST_INT16, SMALLEST_ABSMAX, Activations, resolve_activations
 
 PARALLEL_VALUES = 2**20
 """Kernels over fewer values run on one thread: at some 20 values a nanosecond they take less time than it takes to
@@ -34,13 +29,18 @@ wake others, and on a busy machine much less, since numba and torch each wait fo
 # numba's fallback threading layer aborts the process when two threads start parallel kernels at once.
 _numba_lock = threading.Lock()
 
+# What numba was set to in this thread: setting it takes as long as a small kernel.
+_numba_threads = threading.local()
 
-# --- activations ---
+_NO_BIAS = np.empty(0, np.float32)
+
+
+# --- activations to integers ---
 
 
 @njit(nogil=True, cache=True)
-def _find_outliers(x_TK, threshold, absmax_T, outliers_K, start, stop):
-    """The absmax of each row, and a mark on each column with a value at or above the threshold."""
+def _to_int8(x_TK, threshold, q_TK, scale_T, outliers_K, start, stop):
+    """int8 values and scales of rows in one pass, as long as no row has an outlier; marks outlier columns."""
     for t in range(start, stop):
         row = x_TK[t]
         largest = np.uint32(0)
@@ -48,197 +48,186 @@ def _find_outliers(x_TK, threshold, absmax_T, outliers_K, start, stop):
             m = magnitude(row[k])
             if m > largest:
                 largest = m
-        absmax_T[t] = magnitude_to_float32(largest, row[0])
-        if threshold > 0 and absmax_T[t] >= threshold:
+        absmax = magnitude_to_float32(largest, row[0])
+        if threshold > 0 and absmax >= threshold:
             for k in range(row.shape[0]):
                 if abs(row[k]) >= threshold:
                     outliers_K[k] = True
-
-
-@njit(nogil=True, cache=True)
-def _absmax_without(row, outliers_K):
-    largest = np.uint32(0)
-    for k in range(row.shape[0]):
-        m = np.uint32(0) if outliers_K[k] else magnitude(row[k])
-        if m > largest:
-            largest = m
-    return magnitude_to_float32(largest, row[0])
-
-
-@njit(nogil=True, cache=True)
-def _to_int8(x_TK, outliers_K, absmax_T, q_TK, scale_T, start, stop):
-    """int8 values with outlier columns zero, and the scales of rows."""
-    some = outliers_K.any()
-    for t in range(start, stop):
-        row = x_TK[t]
-        scale_T[t], inverse = row_scale(_absmax_without(row, outliers_K) if some else absmax_T[t])
+        scale_T[t], inverse = row_scale(absmax)
+        out = q_TK[t]
         for k in range(row.shape[0]):
-            q_TK[t, k] = 0 if outliers_K[k] else round_to_int8(row[k] * inverse)
+            out[k] = round_to_int8(row[k] * inverse)
 
 
 @njit(nogil=True, cache=True)
-def _to_int8_grid(x_TK, outliers_K, absmax_T, rounded_TK, start, stop):
-    """X with all but the outlier columns rounded to the int8 grid of their row."""
-    some = outliers_K.any()
+def _to_int8_without(x_TK, outliers_K, q_TK, scale_T, start, stop):
+    """int8 values and scales of rows, outlier columns left out: their values are zero."""
     for t in range(start, stop):
-        row = x_TK[t]
-        scale, inverse = row_scale(_absmax_without(row, outliers_K) if some else absmax_T[t])
+        row, out = x_TK[t], q_TK[t]
+        largest = np.uint32(0)
         for k in range(row.shape[0]):
-            x = row[k]
-            rounded_TK[t, k] = x if outliers_K[k] else np.float32(round_to_int8(x * inverse)) * scale
+            m = np.uint32(0) if outliers_K[k] else magnitude(row[k])
+            if m > largest:
+                largest = m
+        scale_T[t], inverse = row_scale(magnitude_to_float32(largest, row[0]))
+        for k in range(row.shape[0]):
+            out[k] = round_to_int8(np.float32(0.0) if outliers_K[k] else row[k] * inverse)
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _to_int8_parallel(x_TK, threshold, absmax_T, outliers_K, q_TK, scale_T, parts):
+def _to_int8_parallel(x_TK, threshold, q_TK, scale_T, outliers_K, parts):
     rows = x_TK.shape[0]
     for part in prange(parts):
-        _find_outliers(x_TK, threshold, absmax_T, outliers_K, part * rows // parts, (part + 1) * rows // parts)
-    for part in prange(parts):
-        _to_int8(x_TK, outliers_K, absmax_T, q_TK, scale_T, part * rows // parts, (part + 1) * rows // parts)
+        start, stop = part * rows // parts, (part + 1) * rows // parts
+        _to_int8(x_TK, threshold, q_TK, scale_T, outliers_K, start, stop)
+    if outliers_K.any():
+        for part in prange(parts):
+            start, stop = part * rows // parts, (part + 1) * rows // parts
+            _to_int8_without(x_TK, outliers_K, q_TK, scale_T, start, stop)
+
+
+@njit(nogil=True, cache=True)
+def _quantize(x_TK, threshold, q_TK, scale_T, outliers_K, parts):
+    if parts > 1:
+        _to_int8_parallel(x_TK, threshold, q_TK, scale_T, outliers_K, parts)
+    else:
+        _to_int8(x_TK, threshold, q_TK, scale_T, outliers_K, 0, x_TK.shape[0])
+        if outliers_K.any():
+            _to_int8_without(x_TK, outliers_K, q_TK, scale_T, 0, x_TK.shape[0])
+
+
+@njit(nogil=True, cache=True)
+def _to_int16(x_TK, q_TK, scale_TB, start, stop):
+    """int16 values, and a scale for each block of a row."""
+    features = x_TK.shape[1]
+    for t in range(start, stop):
+        for b in range(scale_TB.shape[1]):
+            first, last = b * BLOCK, min((b + 1) * BLOCK, features)
+            x, out = x_TK[t, first:last], q_TK[t, first:last]
+            largest = np.uint32(0)
+            for k in range(x.shape[0]):
+                m = magnitude(x[k])
+                if m > largest:
+                    largest = m
+            absmax = magnitude_to_float32(largest, x_TK[t, 0])
+            tiny = absmax < np.float32(SMALLEST_ABSMAX)
+            inverse = np.float32(0.0) if tiny else np.float32(LARGEST_INT16) / absmax
+            scale_TB[t, b] = np.float32(0.0) if tiny else absmax / np.float32(LARGEST_INT16)
+            for k in range(x.shape[0]):
+                out[k] = round_to_int16(x[k] * inverse)
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _to_int8_grid_parallel(x_TK, threshold, absmax_T, outliers_K, rounded_TK, parts):
+def _to_int16_parallel(x_TK, q_TK, scale_TB, parts):
     rows = x_TK.shape[0]
     for part in prange(parts):
-        _find_outliers(x_TK, threshold, absmax_T, outliers_K, part * rows // parts, (part + 1) * rows // parts)
-    for part in prange(parts):
-        _to_int8_grid(x_TK, outliers_K, absmax_T, rounded_TK, part * rows // parts, (part + 1) * rows // parts)
+        _to_int16(x_TK, q_TK, scale_TB, part * rows // parts, (part + 1) * rows // parts)
 
 
 def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize_activations` of float32 X: int8 (T, K), float32 scales (T,), outlier mask (K,)."""
     t, k = x_TK.shape
-    x, limit, absmax_T, outliers_K = x_TK.numpy(), np.float32(threshold), np.empty(t, np.float32), np.zeros(k, np.bool_)
-    q_TK, scale_T = torch.empty(t, k, dtype=torch.int8), torch.empty(t)
-    parts = _threads(t * k)
-    if parts > 1:
-        with _numba_lock:
-            _to_int8_parallel(x, limit, absmax_T, outliers_K, q_TK.numpy(), scale_T.numpy(), parts)
-    else:
-        _find_outliers(x, limit, absmax_T, outliers_K, 0, t)
-        _to_int8(x, outliers_K, absmax_T, q_TK.numpy(), scale_T.numpy(), 0, t)
+    q_TK, scale_T, outliers_K = torch.empty(t, k, dtype=torch.int8), torch.empty(t), np.zeros(k, np.bool_)
+    with _threads(t * k) as parts:
+        _quantize(x_TK.numpy(), np.float32(threshold), q_TK.numpy(), scale_T.numpy(), outliers_K, parts)
     return q_TK, scale_T, torch.from_numpy(outliers_K)
 
 
-def round_activations(x_TK: Tensor, threshold: float) -> Tensor:
-    """Float32 X with every value outside the outlier columns rounded to its row's int8 grid (T, K)."""
-    t, k = x_TK.shape
-    x, limit, absmax_T, outliers_K = x_TK.numpy(), np.float32(threshold), np.empty(t, np.float32), np.zeros(k, np.bool_)
-    rounded_TK = torch.empty_like(x_TK)
-    parts = _threads(t * k)
-    if parts > 1:
-        with _numba_lock:
-            _to_int8_grid_parallel(x, limit, absmax_T, outliers_K, rounded_TK.numpy(), parts)
-    else:
-        _find_outliers(x, limit, absmax_T, outliers_K, 0, t)
-        _to_int8_grid(x, outliers_K, absmax_T, rounded_TK.numpy(), 0, t)
-    return rounded_TK
-
-
-# --- products ----------------------------------------------------------------------------------------------------
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _few_rows(x_TK, weight_NK, scale_N, y_TN, start, stop):
-    tokens, features = x_TK.shape
-    for n in range(start, stop):
-        row = weight_NK[n]
-        scale = scale_N[n]
-        t = 0
-        while t + 4 <= tokens:
-            a = np.float32(0.0)
-            b = np.float32(0.0)
-            c = np.float32(0.0)
-            d = np.float32(0.0)
-            for k in range(features):
-                w = np.float32(row[k])
-                a += w * x_TK[t, k]
-                b += w * x_TK[t + 1, k]
-                c += w * x_TK[t + 2, k]
-                d += w * x_TK[t + 3, k]
-            y_TN[t, n] = a * scale
-            y_TN[t + 1, n] = b * scale
-            y_TN[t + 2, n] = c * scale
-            y_TN[t + 3, n] = d * scale
-            t += 4
-        while t < tokens:
-            a = np.float32(0.0)
-            for k in range(features):
-                a += np.float32(row[k]) * x_TK[t, k]
-            y_TN[t, n] = a * scale
-            t += 1
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _few_rows_parallel(x_TK, weight_NK, scale_N, y_TN, parts):
-    rows = weight_NK.shape[0]
-    for part in prange(parts):
-        _few_rows(x_TK, weight_NK, scale_N, y_TN, part * rows // parts, (part + 1) * rows // parts)
-
-
-def multiply_few_rows(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Float32 X (T, K) times int8 weights converted in registers: float32 (T, N)."""
-    y_TN = torch.empty(x_TK.shape[0], weight_NK.shape[0])
-    arrays = x_TK.numpy(), weight_NK.numpy(), scale_N.numpy(), y_TN.numpy()
-    parts = _threads(weight_NK.numel() * x_TK.shape[0])
-    if parts > 1:
-        with _numba_lock:
-            _few_rows_parallel(*arrays, parts)
-    else:
-        _few_rows(*arrays, 0, len(weight_NK))
-    return y_TN
-
-
-def multiply_float(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Float32 X (T, K) times int8 weights, a slice of them at a time in float32: float32 (T, N)."""
-    n, k = weight_NK.shape
-    y_TN = torch.empty(x_TK.shape[0], n)
-    step = max(16, SLICE_FLOATS // max(1, k))
-    w_RK = torch.empty(min(step, n), k)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        w = w_RK[: stop - start].copy_(weight_NK[start:stop])
-        torch.mm(x_TK, w.T, out=y_TN[:, start:stop])
-    return y_TN.mul_(scale_N)
+# --- products ---
 
 
 @njit(nogil=True, cache=True)
-def _rescale(acc_TN, x_scale_T, scale_N, y_TN, start, stop):
+def _linear_16bit(x_TK, w_NK, scale_N, bias_N, y_TN, parts):
+    tokens, features = x_TK.shape
+    q_TK = np.empty((tokens, features), np.int16)
+    x_scale_TB = np.empty((tokens, (features + BLOCK - 1) // BLOCK), np.float32)
+    if parts > 1 and tokens > FEW_ROWS:
+        _to_int16_parallel(x_TK, q_TK, x_scale_TB, parts)
+    else:
+        _to_int16(x_TK, q_TK, x_scale_TB, 0, tokens)
+    if parts > 1:
+        multiply_parallel(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, parts)
+    else:
+        multiply(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, 0, w_NK.shape[0])
+
+
+@njit(nogil=True, cache=True)
+def _linear_int8(x_TK, threshold, outliers_K, w_NK, scale_N, bias_N, y_TN, parts):
+    tokens, features = x_TK.shape
+    q_TK, x_scale_T = np.empty((tokens, features), np.int16), np.empty(tokens, np.float32)
+    _quantize(x_TK, threshold, q_TK, x_scale_T, outliers_K, parts if tokens > FEW_ROWS else 1)
+    x_scale_TB = np.empty((tokens, (features + BLOCK - 1) // BLOCK), np.float32)
+    for t in range(tokens):
+        x_scale_TB[t] = x_scale_T[t]
+    if parts > 1:
+        multiply_parallel(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, parts)
+    else:
+        multiply(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, 0, w_NK.shape[0])
+
+
+def linear_16bit(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Float32 X in 16 bits times int8 weights, plus the bias: float32 (T, N)."""
+    y_TN = torch.empty(x_TK.shape[0], weight_NK.shape[0])
+    bias = _NO_BIAS if bias_N is None else bias_N.numpy()
+    with _threads(weight_NK.numel() * x_TK.shape[0]) as parts:
+        _linear_16bit(x_TK.numpy(), weight_NK.numpy(), scale_N.numpy(), bias, y_TN.numpy(), parts)
+    return y_TN
+
+
+def linear_int8(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, threshold: float) -> Tensor:
+    """LLM.int8() of float32 X, plus the bias: float32 (T, N)."""
+    y_TN = torch.empty(x_TK.shape[0], weight_NK.shape[0])
+    bias = _NO_BIAS if bias_N is None else bias_N.numpy()
+    outliers_K = np.zeros(x_TK.shape[1], np.bool_)
+    limit = np.float32(threshold)
+    with _threads(weight_NK.numel() * x_TK.shape[0]) as parts:
+        _linear_int8(x_TK.numpy(), limit, outliers_K, weight_NK.numpy(), scale_N.numpy(), bias, y_TN.numpy(), parts)
+    _add_outliers(y_TN, x_TK, weight_NK, scale_N, torch.from_numpy(outliers_K))
+    return y_TN
+
+
+@njit(nogil=True, cache=True)
+def _rescale(acc_TN, x_scale_T, scale_N, bias_N, y_TN, start, stop):
     for t in range(start, stop):
         x_scale = x_scale_T[t]
         for n in range(acc_TN.shape[1]):
-            y_TN[t, n] = np.float32(acc_TN[t, n]) * (x_scale * scale_N[n])
+            y = np.float32(acc_TN[t, n]) * (x_scale * scale_N[n])
+            y_TN[t, n] = y + bias_N[n] if bias_N.shape[0] else y
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _rescale_parallel(acc_TN, x_scale_T, scale_N, y_TN, parts):
+def _rescale_parallel(acc_TN, x_scale_T, scale_N, bias_N, y_TN, parts):
     rows = acc_TN.shape[0]
     for part in prange(parts):
-        _rescale(acc_TN, x_scale_T, scale_N, y_TN, part * rows // parts, (part + 1) * rows // parts)
+        _rescale(acc_TN, x_scale_T, scale_N, bias_N, y_TN, part * rows // parts, (part + 1) * rows // parts)
 
 
-def multiply_int8(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, threshold: float) -> Tensor:
-    """LLM.int8() of float32 X (T, K) with an integer GEMM and a float one over the outlier columns: float32 (T, N)."""
+def linear_vnni(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, threshold: float) -> Tensor:
+    """`linear_int8` through torch's integer GEMM, which reads the weights once whatever the number of tokens."""
     q_TK, x_scale_T, outliers_K = quantize_activations(x_TK, threshold)
     acc_TN = torch._int_mm(q_TK, weight_NK.T)
     y_TN = torch.empty(acc_TN.shape)
-    arrays = acc_TN.numpy(), x_scale_T.numpy(), scale_N.numpy(), y_TN.numpy()
-    parts = _threads(acc_TN.numel())
-    if parts > 1:
-        with _numba_lock:
+    bias = _NO_BIAS if bias_N is None else bias_N.numpy()
+    with _threads(acc_TN.numel()) as parts:
+        arrays = acc_TN.numpy(), x_scale_T.numpy(), scale_N.numpy(), bias, y_TN.numpy()
+        if parts > 1:
             _rescale_parallel(*arrays, parts)
-    else:
-        _rescale(*arrays, 0, len(acc_TN))
+        else:
+            _rescale(*arrays, 0, len(acc_TN))
+    _add_outliers(y_TN, x_TK, weight_NK, scale_N, outliers_K)
+    return y_TN
+
+
+def _add_outliers(y_TN: Tensor, x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, outliers_K: Tensor) -> None:
+    """The outlier columns of float32 X times theirs of the weight, gathered, added to Y."""
     columns = outliers_K.nonzero().squeeze(1)
     if columns.numel():
         w_NC = weight_NK.index_select(1, columns).float() * scale_N[:, None]
         y_TN.addmm_(x_TK.index_select(1, columns), w_NC.T)
-    return y_TN
 
 
 def has_int8_dot() -> bool:
-    """Whether `torch._int_mm` is fast here: the CPU multiplies int8 with VNNI."""
+    """Whether `torch._int_mm` is fast here: elsewhere torch runs it as a plain loop, 25 times slower than float32."""
     return bool(torch.cpu._is_vnni_supported())
 
 
@@ -254,23 +243,34 @@ def int8_linear(
     dtype, tokens = x_TK.dtype, x_TK.shape[0]
     x_TK = x_TK.detach().float().contiguous()
     weight_NK, scale_N = weight_NK.detach(), scale_N.detach()
-    mode = resolve_activations(activations, tokens)
-    few = tokens <= FEW_ROWS
-    if mode == "int8" and has_int8_dot():
-        y_TN = multiply_int8(x_TK, weight_NK, scale_N, threshold)
+    bias_N = None if bias_N is None else bias_N.detach().float()
+    if resolve_activations(activations, tokens) == "16bit":
+        y_TN = linear_16bit(x_TK, weight_NK, scale_N, bias_N)
+    elif tokens > FEW_ROWS and has_int8_dot():
+        y_TN = linear_vnni(x_TK, weight_NK, scale_N, bias_N, threshold)
     else:
-        if mode == "int8":
-            x_TK = round_activations(x_TK, threshold)
-        y_TN = (multiply_few_rows if few else multiply_float)(x_TK, weight_NK, scale_N)
-    if bias_N is not None:
-        y_TN += bias_N
+        y_TN = linear_int8(x_TK, weight_NK, scale_N, bias_N, threshold)
     return y_TN.to(dtype)
 
 
-def _threads(values: int) -> int:
-    """How many threads a kernel over so many values is worth, torch's number at most; numba is set to it."""
-    threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
-    if values < PARALLEL_VALUES or threads == 1:
-        return 1
-    numba.set_num_threads(threads)
-    return threads
+class _threads:
+    """`with _threads(values) as parts`: how many threads a kernel over so many values is worth, torch's at most.
+
+    Where there are several, numba is set to them, and no other thread starts a parallel kernel meanwhile.
+    """
+
+    def __init__(self, values: int) -> None:
+        threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+        self._parts = 1 if values < PARALLEL_VALUES else threads
+
+    def __enter__(self) -> int:
+        if self._parts > 1:
+            _numba_lock.acquire()
+            if getattr(_numba_threads, "count", None) != self._parts:
+                numba.set_num_threads(self._parts)
+                _numba_threads.count = self._parts
+        return self._parts
+
+    def __exit__(self, *_: object) -> None:
+        if self._parts > 1:
+            _numba_lock.release()

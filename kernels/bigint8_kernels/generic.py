@@ -46,6 +46,8 @@ def int8_linear(
     """`reference.int8_linear` in X's dtype (T, N)."""
     if resolve_activations(activations, x_TK.shape[0]) == "int8":
         x_TK = round_activations(x_TK, threshold)
+    else:
+        x_TK = reference.round_to_16bit(x_TK)
     n, k = weight_NK.shape
     y_TN = x_TK.new_empty(x_TK.shape[0], n)
     step = max(1, SLICE_BYTES // max(1, k * x_TK.element_size()))

@@ -63,16 +63,24 @@ def magnitude_to_float32(typingctx, bits, like):
     return types.float32(bits, like), codegen
 
 
-@intrinsic
-def round_to_int8(typingctx, x):
-    """float32 to the nearest int8, ties to even."""
+def _rounding(bits: int, result: types.Integer):
+    @intrinsic
+    def round_to(typingctx, x):
+        def codegen(context, builder, signature, args):
+            rint = builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()])
+            wide = builder.fptosi(builder.call(rint, args), ir.IntType(32))
+            return builder.trunc(wide, ir.IntType(bits))
 
-    def codegen(context, builder, signature, args):
-        rint = builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()])
-        wide = builder.fptosi(builder.call(rint, args), ir.IntType(32))
-        return builder.trunc(wide, ir.IntType(8))
+        return result(x), codegen
 
-    return types.int8(x), codegen
+    return round_to
+
+
+round_to_int8 = _rounding(8, types.int8)
+"""float32 to the nearest int8, ties to even."""
+
+round_to_int16 = _rounding(16, types.int16)
+"""float32 to the nearest int16, ties to even."""
 
 
 @intrinsic

@@ -17,8 +17,13 @@ from torch import Tensor
 Activations = Literal["auto", "int8", "16bit"]
 
 FEW_ROWS = 16
-"""With at most this many rows, `activations="auto"` leaves X in its own dtype: the weights' bytes are the whole
-cost there, so quantizing X would save nothing."""
+"""With at most this many rows, `activations="auto"` leaves X in 16 bits: the weights' bytes are the whole cost there,
+so int8 activations would save nothing."""
+
+BLOCK = 512
+"""Values of a row of float32 X that share a scale where X is rounded to 16 bits."""
+
+LARGEST_INT16 = 32767
 
 SMALLEST_ABSMAX = 2.0**-120
 """A row whose absmax is smaller counts as zeros: 127 / absmax would overflow float32."""
@@ -56,6 +61,23 @@ def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor
     return q_TK, scale_T, outliers_K
 
 
+def round_to_16bit(x_TK: Tensor) -> Tensor:
+    """Float32 X in 16 bits: each block of a row on a grid of int16 numbers times absmax / 32767; float32 (T, K).
+
+    15 bits and a sign relative to the largest of 512 values: more than float16 and bfloat16 have for all but the
+    smallest of them. X in one of those formats is 16-bit as it is, and returned as such.
+    """
+    if x_TK.dtype != torch.float32 or not x_TK.numel():
+        return x_TK
+    return torch.cat([_round_block(block) for block in x_TK.split(BLOCK, dim=1)], dim=1)
+
+
+def _round_block(x_TB: Tensor) -> Tensor:
+    absmax_T = x_TB.abs().amax(dim=1, keepdim=True)
+    inverse_T = torch.where(absmax_T < SMALLEST_ABSMAX, 0.0, LARGEST_INT16 / absmax_T)
+    return torch.round(x_TB * inverse_T) * (absmax_T / LARGEST_INT16)
+
+
 def resolve_activations(activations: Activations, rows: int) -> Literal["int8", "16bit"]:
     """What `"auto"` means for this many rows of X."""
     if activations == "auto":
@@ -76,11 +98,12 @@ def int8_linear(
 
     `activations="int8"` is LLM.int8(): the columns of X with an outlier are multiplied as they are, the rest in int8
     with integer accumulation, rescaled by the outer product of the scales of tokens and of rows of W, and the two
-    parts are added. `"16bit"` multiplies X as it is. Everything after the quantization is float64.
+    parts are added. `"16bit"` multiplies X as it is in 16 bits (`round_to_16bit`), which needs no decomposition.
+    Everything after the quantization is float64.
     """
     w_NK = weight_NK.double()
     if resolve_activations(activations, x_TK.shape[0]) == "16bit":
-        y_TN = x_TK.double() @ w_NK.T * scale_N.double()
+        y_TN = round_to_16bit(x_TK).double() @ w_NK.T * scale_N.double()
     else:
         q_TK, x_scale_T, outliers_K = quantize_activations(x_TK, threshold)
         y_TN = (q_TK.double() @ w_NK.T) * x_scale_T.double()[:, None] * scale_N.double()
