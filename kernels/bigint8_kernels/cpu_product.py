@@ -16,6 +16,7 @@ Dimensions: T tokens, K input features, N output features, B blocks of K.
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -57,6 +58,9 @@ def _codegen(tokens, rows):
     def codegen(context, builder, signature, args):
         x, x_stride, x_scale, scale_stride, w, w_stride, steps, out = args
         index = steps.type
+
+        kind = ir.FunctionType(ir.VoidType(), [w.type, i32, i32, i32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
 
         def load(pointer, offset, item, count, align):
             at = builder.gep(pointer, [offset])
@@ -104,6 +108,10 @@ def _codegen(tokens, rows):
         added = [None] * (tokens * rows)
         for r in range(rows):
             narrow = load(w, builder.add(builder.mul(w_stride, ir.Constant(index, r)), k), ir.IntType(8), STEP, 1)
+            if tokens == 1:  # the CPU waits for memory, and does not guess by itself where the next rows begin
+                next_rows = builder.add(builder.mul(w_stride, ir.Constant(index, rows + r)), k)
+                to_read_soon = [ir.Constant(i32, value) for value in (0, 3, 1)]
+                builder.call(prefetch, [builder.gep(w, [next_rows]), *to_read_soon])
             weights = builder.sext(narrow, ir.VectorType(i16, STEP))
             for t in range(tokens):
                 i = t * rows + r
