@@ -40,3 +40,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
+	find bigint8 kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

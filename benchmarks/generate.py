@@ -136,7 +136,7 @@ def time_model(model: Any, batch: int, prompt: int, tokens: int, step_bytes: flo
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 1000, (batch, prompt), generator=generator)
+    ids = torch.randint(5, min(1000, model.config.vocab_size), (batch, prompt), generator=generator)
     with torch.inference_mode():
         model(ids[:, :8], logits_to_keep=1)
         started = time.perf_counter()

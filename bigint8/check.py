@@ -54,7 +54,7 @@ def check(
     hf_config = read_hf_config(checkpoint, trust_remote_code)
     skeleton = checkpoint_skeleton(checkpoint, hf_config, config, dtype, trust_remote_code)
     named = name_tensors(checkpoint, skeleton)
-    transfers = match_tensors(skeleton.slots, folder, named)
+    transfers = match_tensors(skeleton.slots, checkpoint, named)
     by_tensor = {transfer.tensor.name: transfer for transfer in transfers}
     total = sum(transfer.tensor.nbytes for transfer in transfers)
     stream = transfer_stream(transfers, 0)

@@ -93,7 +93,7 @@ def parse_bytes(flag: str, size: str) -> int:
 
     try:
         parsed = int(convert_file_size_to_int(size))
-    except ValueError:
+    except (ValueError, OverflowError):
         parsed = 0
     if parsed < 1:
         raise BigInt8Error(f"{flag} {size}: write it as 500MB or 5GiB")

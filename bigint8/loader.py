@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,7 +126,7 @@ def load_sharded_int8(
         model.generation_config = generation_config
     model.config.name_or_path = model.name_or_path = str(checkpoint.folder)
     model.load_report = report
-    model.save_int8 = _saver(model)
+    model.__class__ = _with_save_int8(type(model))  # type: ignore[arg-type]
     model.register_forward_pre_hook(_context_check(context), with_kwargs=True)
     return model
 
@@ -216,7 +216,7 @@ def _fill(
     `named` are the checkpoint's tensors by the model's names; `slots` may be a stage's.
     """
     started = time.perf_counter()
-    transfers = match_tensors(slots, checkpoint.folder, named)
+    transfers = match_tensors(slots, checkpoint, named)
     devices = {name: device_of(name) for name in slots}
     mapped = _map(transfers, devices) if checkpoint.is_int8 else set()
     device_bytes: dict[str, int] = {}
@@ -344,15 +344,12 @@ def check_context(tokens: int, context: int) -> None:
         )
 
 
-def _saver(model: nn.Module) -> Callable[..., None]:
-    """`save_int8` of this model, without a reference to it: that would keep its memory until a garbage collection."""
-    reference = weakref.ref(model)
-
-    @functools.wraps(save_int8)
-    def save(folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        save_int8(cast(nn.Module, reference()), folder, **kwargs)
-
-    return save
+@functools.cache
+def _with_save_int8(kind: Any) -> Any:
+    """The model's class with the method `save_int8`. An attribute would not do: one that refers to the model keeps its
+    memory until a garbage collection, and one that does not loses it in `load_sharded_int8(path).save_int8(folder)`."""
+    members = {"save_int8": save_int8, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), members)
 
 
 def _context_check(context: int) -> Callable[..., None]:

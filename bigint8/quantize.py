@@ -66,7 +66,7 @@ def quantize(
     hf_config = read_hf_config(checkpoint, trust_remote_code)
     skeleton = checkpoint_skeleton(checkpoint, hf_config, settings, stored_dtype(checkpoint), trust_remote_code)
     named = name_tensors(checkpoint, skeleton)
-    transfers = match_tensors(skeleton.slots, checkpoint.folder, named)
+    transfers = match_tensors(skeleton.slots, checkpoint, named)
     transfers.sort(key=lambda transfer: (transfer.tensor.file, transfer.tensor.start))
     tensors = [new for t in transfers for new in int8_tensors(t.slot.name, t.slot, t.tensor.dtype)]
     by_tensor = {transfer.tensor.name: transfer for transfer in transfers}

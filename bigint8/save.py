@@ -176,12 +176,15 @@ def new_checkpoint_folder(folder: Path, overwrite: bool, needed_bytes: int) -> I
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """Raise CheckpointError if the folder is there already and may not, or must not, be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: exists and is no folder; name another place")
-    if not any(folder.iterdir()):
-        return
+    try:
+        if not os.path.lexists(folder):
+            return
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: exists and is no folder; name another place")
+        if not any(folder.iterdir()):
+            return
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
     if not overwrite:
         raise CheckpointError(f"{folder}: exists already; name another folder, or ask to overwrite it (--overwrite)")
     if not (folder / "config.json").is_file():
@@ -281,6 +284,8 @@ def _lock(partial: Path, folder: Path) -> int | None:
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_ino != partial.stat().st_ino:  # the other save is through: this is its result
+            raise BlockingIOError
     except OSError:
         os.close(descriptor)
         raise CheckpointError(f"{folder}: another process is saving there; wait for it, or name another one") from None
@@ -302,11 +307,18 @@ def _replace(folder: Path, partial: Path) -> None:
         partial.rename(folder)
         return
     old = folder.parent / f".{folder.name}.replaced"
-    if old.exists():
-        shutil.rmtree(old)
+    _remove(old)
     folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(old)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one, if it is there."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _no_room(folder: Path, reason: str) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 import torch
 from bigint8_kernels import copy_values, quantize_rows
@@ -62,19 +61,19 @@ def name_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Tensor
     return named
 
 
-def match_tensors(slots: dict[str, Slot], folder: Path, named: dict[str, TensorInfo]) -> list[Transfer]:
+def match_tensors(slots: dict[str, Slot], checkpoint: Checkpoint, named: dict[str, TensorInfo]) -> list[Transfer]:
     """What fills the slots. Raises CheckpointError for tensors that are missing, of another shape or dtype."""
     missing = sorted(slots.keys() - named.keys())
     if missing:
         more = f" and {len(missing) - SHOWN_NAMES} more" if len(missing) > SHOWN_NAMES else ""
         raise CheckpointError(
-            f"{folder}: {len(missing)} tensor{'s are' if len(missing) > 1 else ' is'} missing: "
+            f"{checkpoint.folder}: {len(missing)} tensor{'s are' if len(missing) > 1 else ' is'} missing: "
             f"{', '.join(missing[:SHOWN_NAMES])}{more}; it is incomplete or not this config's"
         )
     transfers = []
     for name, slot in slots.items():
         tensor = named[name]
-        if tensor.dtype == "I8" and slot.is_int8:
+        if tensor.dtype == "I8" and slot.is_int8 and checkpoint.is_int8:
             _check_shape(tensor, slot.data_shape)
             transfers += [Transfer(tensor, slot, Step.INT8), *_beside(name, slot, tensor, named)]
             continue

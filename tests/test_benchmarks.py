@@ -1,0 +1,107 @@
+"""The benchmarks run from end to end and print a figure for every side; how large it is, is not asked here."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str):
+        for module in ("rounds", name):
+            sys.modules.pop(module, None)
+        return importlib.import_module(name)
+
+    return load
+
+
+def run(module, *arguments: str) -> str:
+    import typer
+
+    app = typer.Typer()
+    app.command()(module.main)
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_medians_and_ratios_are_of_the_rounds(bench):
+    rounds = bench("rounds")
+    cost = rounds.Comparison("t", "seconds")
+    for ours, theirs in ((1.0, 3.0), (2.0, 4.0), (4.0, 4.0)):
+        cost.add("ours", {"seconds": ours})
+        cost.add("theirs", {"seconds": theirs})
+    assert cost.medians() == {"ours": {"seconds": 2.0}, "theirs": {"seconds": 4.0}}
+    assert cost.ratios("ours") == {"theirs": 2.0}
+    speed = rounds.Comparison("t", "tokens/s", lower=False)
+    speed.add("ours", {"tokens/s": 30.0})
+    speed.add("theirs", {"tokens/s": 10.0})
+    assert speed.ratios("ours") == {"theirs": 3.0}
+
+
+def test_sides_take_turns_and_one_that_fails_is_told_of(bench):
+    rounds = bench("rounds")
+    order = []
+
+    def side(name):
+        def work():
+            order.append(name)
+            if name == "b":
+                raise RuntimeError("first line\nno such instruction")
+            return {"seconds": 1.0}
+
+        return work
+
+    comparison = rounds.Comparison("t", "seconds")
+    rounds.interleave(comparison, {name: side(name) for name in "abc"}, 2)
+    assert order == ["a", "b", "c", "a", "c"]
+    assert comparison.failed == {"b": "RuntimeError: no such instruction"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /proc")
+def test_load_measures_every_side(bench, tmp_path):
+    from bigint8.quantize import quantize
+
+    save_tiny("llama", False, tmp_path / "model")
+    quantize(tmp_path / "model", tmp_path / "int8", progress=False)
+    options = ["--rounds", "1", "--cache", "cold", "--without", "bitsandbytes", "--json", str(tmp_path / "j")]
+    run(bench("load"), str(tmp_path / "model"), "--int8", str(tmp_path / "int8"), *options)
+    result = json.loads((tmp_path / "j").read_text())
+    (comparison,) = result["comparisons"]
+    assert comparison["title"] == "load model, cold page cache" and not comparison["failed"]
+    assert set(comparison["medians"]) == {"bigint8", "bigint8 from int8", "raw read", "first touch"}
+    assert all(figures["seconds"] > 0 for figures in comparison["medians"].values())
+    assert result["machine"]["versions"]["torch"]
+
+
+def test_matmul_measures_every_side_that_is_installed(bench, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    matmul = bench("matmul")
+    monkeypatch.setattr(matmul, "SHAPES", {"small": ((64, 96),)})
+    monkeypatch.setattr(matmul, "DISTINCT_BYTES", 0)
+    monkeypatch.setattr(matmul, "SIDE_SECONDS", 0.0)
+    options = ["--model", "small", "--rows", "1", "--rows", "20", "--outliers", "0.05", "--rounds", "2"]
+    run(matmul, *options, "--json", str(tmp_path / "j"))
+    for comparison in json.loads((tmp_path / "j").read_text())["comparisons"]:
+        sides = {"bigint8", "bigint8 int8 activations", "float32", "bfloat16", "bitsandbytes"}
+        assert sides <= set(comparison["medians"]) and set(comparison["failed"]) <= {"torchao"}
+        assert len(comparison["rounds"]["bigint8"]) == 2
+
+
+def test_generate_measures_prefill_and_decode(bench, tmp_path):
+    save_tiny("llama", False, tmp_path / "model")
+    options = ["--checkpoint", str(tmp_path / "model"), "--prompt", "16", "--tokens", "2", "--rounds", "1"]
+    without = [word for side in ("bitsandbytes", "llama.cpp Q8_0", "bfloat16") for word in ("--without", side)]
+    output = run(bench("generate"), "tiny", *options, "--batch", "2", *without, "--json", str(tmp_path / "j"))
+    decode, prefill = json.loads((tmp_path / "j").read_text())["comparisons"]
+    assert set(decode["medians"]) == set(prefill["medians"]) == {"bigint8", "bigint8 int8_head", "float32"}
+    assert "batch 2" in output and decode["ratios"]["float32"] > 0
