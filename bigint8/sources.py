@@ -82,7 +82,7 @@ def find_source(
         source.folder = _existing(source, model) or _from_hub(source, model, revision, fetch)
         if source.folder is None and not _is_hub_id(model):
             raise CheckpointError(
-                f"--model {model}: no folder, hub id or preset; the presets: {', '.join(preset_names())}"
+                f"{model}: no folder, hub id or preset; the presets: {', '.join(preset_names())}"
             )
     else:
         source.folder = _existing(source, cache_folder() / preset.name)
