@@ -28,6 +28,7 @@ def layout_with(blocks: list[int], embeddings: int = 0, head: int = 0) -> Layout
         widest=1,
         vocab=1,
         max_context=None,
+        head_width=1,
     )
 
 

@@ -164,7 +164,7 @@ def test_arguments_arrive_unchanged(cluster: Cluster) -> None:
 def test_a_job_that_fails_is_a_failure(cluster: Cluster) -> None:
     done = submit(cluster, "--model", "no-such-model/")
     assert done.returncode == 1
-    assert "error: --model no-such-model/" in done.stdout
+    assert "error: no-such-model/" in done.stdout
 
 
 def test_a_job_that_is_stopped_is_a_failure(cluster: Cluster) -> None:
