@@ -3,7 +3,6 @@
 python -m bigint8.check CHECKPOINT [--gpus N]
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ import typer
 from rich.console import Console
 
 from .checkpoint import open_checkpoint
-from .command import DEFAULT_CONTEXT, DtypeChoice, devices_to_plan_for, run_command
+from .command import DEFAULT_CONTEXT, DtypeChoice, devices_to_plan_for, run_command, write_json
 from .config import Int8Config
-from .errors import BigInt8Error, PlanError
+from .errors import PlanError
 from .families import FAMILIES, layout_of
 from .hardware import pick_dtype
 from .loader import checkpoint_skeleton, peak_host_bytes, read_hf_config, transfer_stream
@@ -136,12 +135,7 @@ def command(
     chosen = stored_dtype(opened) if dtype is DtypeChoice.auto else dtype.value
     report = check(source.folder, Int8Config(int8_head=int8_head), chosen, True, trust_remote_code)
     _print_report(console, source.name, report)
-    if json_file is not None:
-        try:
-            plain = {"plan": plan.to_dict() if plan else None, "check": asdict(report)}
-            json_file.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BigInt8Error(f"--json {json_file}: {error.strerror}") from None
+    write_json(json_file, {"plan": plan.to_dict() if plan else None, "check": asdict(report)})
     if plan is None and gpus is not None:
         raise PlanError(f"the checkpoint is good, but {note}")
 

@@ -1,9 +1,12 @@
 """What the command lines share: choices, the devices to plan for, and how errors and signals end them."""
 
+import json
 import os
 import signal
 import sys
 from enum import Enum
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -65,6 +68,15 @@ def dtype_of_source(source: Source) -> str:
     config = source.config(trust_remote_code=True)
     stored = config.get("dtype") or config.get("torch_dtype")
     return stored if stored in ("float16", "bfloat16", "float32") else "float16"
+
+
+def write_json(file: Path | None, result: dict[str, Any]) -> None:
+    """Write what --json asks for. Raises BigInt8Error for a file that cannot be written."""
+    if file is not None:
+        try:
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BigInt8Error(f"--json {file}: {error.strerror}") from None
 
 
 def unwind_on_sigterm() -> None:

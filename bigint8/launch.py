@@ -3,7 +3,6 @@
 python -m bigint8.launch --model NAME_OR_PATH --gpus N [--prompt TEXT]...
 """
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from .command import (
     dtype_of_source,
     run_command,
     unwind_on_sigterm,
+    write_json,
 )
 from .errors import BigInt8Error
 from .families import layout_of
@@ -79,7 +79,7 @@ def launch(
             source.name, layout, devices, pick_dtype(dtype.value, dtype_of_source(source), devices), context, batch_size
         )
         print_plan(console, plan)
-        _write_json(json_file, result | {"plan": plan.to_dict()})
+        write_json(json_file, result | {"plan": plan.to_dict()})
         if not plan_only:
             raise source.not_found()
         return
@@ -122,17 +122,9 @@ def launch(
         }
         runner = _Runner(pipeline, source.folder, plan, tokenizer, max_new_tokens, trust_remote_code)
         result["generations"] = runner.run_prompts(encoded, batch_size)
-        _write_json(json_file, result)
+        write_json(json_file, result)
         if not prompt and sys.stdin.isatty() and sys.stdout.isatty():
             runner.chat()
-
-
-def _write_json(file: Path | None, result: dict[str, Any]) -> None:
-    if file is not None:
-        try:
-            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BigInt8Error(f"--json {file}: {error.strerror}") from None
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -71,19 +71,13 @@ class ShardWriter:
         self._places: dict[str, tuple[int, int]] = {}  # descriptor and offset of each tensor
         self._descriptors: list[int] = []
         self.folder, self.total_bytes = folder, sum(tensor.nbytes for tensor in tensors)
+        self._file_of: dict[str, str] = {}
         shards = _split(tensors, shard_bytes)
         try:
             for i, shard in enumerate(shards):
                 file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
                 self._begin(folder / file, shard)
-            if len(shards) > 1:
-                self._index = {
-                    tensor.name: f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-                    for i, shard in enumerate(shards)
-                    for tensor in shard
-                }
-            else:
-                self._index = {}
+                self._file_of |= dict.fromkeys((tensor.name for tensor in shard), file)
         except BaseException:
             self.close()
             raise
@@ -128,8 +122,8 @@ class ShardWriter:
         takes the folder for a checkpoint."""
         for descriptor in self._descriptors:
             os.fsync(descriptor)
-        if self._index:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._index}
+        if len(self._descriptors) > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._file_of}
             _write_json(self.folder / INDEX_FILE, index)
         _write_json(self.folder / "config.json", config)
 
