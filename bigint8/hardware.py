@@ -86,6 +86,11 @@ def cpu_device(share: int = 1) -> Device:
     return Device("cpu", _cpu_model(), usable, "bfloat16" if _cpu_has_bf16() else None)
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_memory() -> int:
     """Bytes of host memory that can be had without swapping, within this process's control group."""
     available = psutil.virtual_memory().available

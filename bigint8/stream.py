@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checkpoint import DTYPE_BITS, TensorInfo
 from .errors import CheckpointError
+from .hardware import usable_cpus
 
 BUFFER_BYTES = 2 * 2**20
 """Of one staging buffer on the CPU: two of them stay in its last cache while their rows are quantized."""
@@ -222,8 +223,7 @@ def _open(file: Path) -> int:
 
 def default_readers() -> int:
     """One for each CPU that this process may use, and at least so many that the disk has enough to do."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_READERS, max(FEWEST_READERS, cpus))
+    return min(MOST_READERS, max(FEWEST_READERS, usable_cpus()))
 
 
 def _view(piece: Piece, buffer: Tensor) -> Tensor:

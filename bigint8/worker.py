@@ -12,7 +12,7 @@ from torch import Tensor
 from .checkpoint import open_checkpoint
 from .config import Int8Config
 from .errors import BigInt8Error
-from .hardware import Device, cpu_device, cuda_devices
+from .hardware import Device, cpu_device, cuda_devices, usable_cpus
 from .loader import LoadReport, load_stage
 
 CacheEdit = tuple[str, Any]
@@ -71,7 +71,7 @@ class Worker:
     """The actor that owns one device: it loads its stage and runs it."""
 
     def __init__(self, kind: str) -> None:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        torch.set_num_threads(usable_cpus())
         self._kind = kind
         self._progress = (0, 0)
         self._stage: Any = None
