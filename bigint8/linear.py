@@ -43,10 +43,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("Int8Linear is for inference: it has no gradient; run it under torch.no_grad()")
-        y = int8_linear(
-            x.reshape(-1, self.in_features), self.weight, self.scale, self.bias, self.threshold, self.activations
-        )
-        return y.view(*x.shape[:-1], self.out_features)
+        return int8_linear(x, self.weight, self.scale, self.bias, self.threshold, self.activations)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         """Moves with `.to(device)`; keeps its scales in float32 under `.half()` and the like."""

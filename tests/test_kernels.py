@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from bigint8_kernels import copy_values, cpu, generic, int8_linear, quantize_rows, reference
+from bigint8_kernels import copy_values, cpu, float_linear, generic, int8_linear, quantize_rows, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,6 +129,19 @@ def test_values_that_do_not_fit_their_new_format_are_noticed():
         copy_values(torch.zeros(3, dtype=torch.int8), out)
     with pytest.raises(ValueError, match="do not belong together"):
         copy_values(torch.zeros(4), out)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, st.sampled_from(DTYPES), st.sampled_from([torch.float16, torch.bfloat16]), st.booleans(), st.booleans())
+def test_16_bit_weights_multiply_as_the_same_weights_in_float32_do(shape, dtype, stored, has_bias, parallel):
+    t, k, n = shape
+    x = random_activations(t, k, dtype, "some", seed=t)
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(stored)
+    bias = torch.linspace(-1, 1, n) if has_bias else None
+    expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0.0)
+    with many_threads(parallel):
+        assert_close(float_linear(x, weight, bias), expected, dtype)
+    assert_close(generic.float_linear(x.float(), weight), x.double() @ weight.double().T, torch.float32)
 
 
 @settings(deadline=None, max_examples=60)
@@ -305,4 +318,24 @@ def test_wrong_use_is_refused_with_what_was_wrong():
         quantize_rows(x.int(), weight, scale)
     with pytest.raises(ValueError, match="do not belong together"):
         quantize_rows(x, weight, scale)
-    assert int8_linear(x[:0], weight, scale).shape == (0, 4)
+    with pytest.raises(ValueError, match=r"bias \(3,\)"):
+        int8_linear(x, weight, scale, torch.zeros(3))
+    with pytest.raises(ValueError, match="do not belong together"):
+        int8_linear(x, weight, scale[:, None])
+    with pytest.raises(TypeError, match="float32"):
+        float_linear(x, weight.float())
+    with pytest.raises(ValueError, match=r"\(4, 7\)"):
+        float_linear(x, weight[:, :7].half())
+
+
+def test_leading_dimensions_are_kept_and_may_be_empty():
+    weight, scale = random_weight(4, 8, seed=6)
+    x = torch.randn(2, 3, 8)
+    for activations in ("int8", "16bit"):
+        y = int8_linear(x, weight, scale, None, 6.0, activations)
+        assert torch.equal(y.view(6, 4), int8_linear(x.view(6, 8), weight, scale, None, 6.0, activations))
+    assert torch.equal(float_linear(x, weight.half()).view(6, 4), float_linear(x.view(6, 8), weight.half()))
+    for product in (lambda x: int8_linear(x, weight, scale), lambda x: float_linear(x, weight.half())):
+        assert product(x[:, :0]).shape == (2, 0, 4)
+        assert product(x[0, 0]).shape == (4,)
+    assert torch.equal(int8_linear(x[..., :0], weight[:, :0], scale, torch.ones(4)), torch.ones(2, 3, 4))

@@ -5,11 +5,12 @@ Needs torch and numba only; usable without the rest of bigint8.
 - `reference`: the definition, in plain torch, in float64 where it matters;
 - `cpu_weights`: quantization of weights on the CPU, in numba (`numba_bits`: numbers from their bits);
 - `cpu`: the linear layer on the CPU, numba kernels with an integer or a float GEMM;
+- `cpu_float`: 16-bit float weights on the CPU, multiplied in float32;
 - `generic`: plain torch for every other device;
 - `dispatch`: which of them serves a device. The functions here are its own.
 """
 
-from .dispatch import copy_values, int8_linear, quantize_rows
+from .dispatch import copy_values, float_linear, int8_linear, quantize_rows
 from .reference import FEW_ROWS, Activations
 
-__all__ = ["FEW_ROWS", "Activations", "copy_values", "int8_linear", "quantize_rows"]
+__all__ = ["FEW_ROWS", "Activations", "copy_values", "float_linear", "int8_linear", "quantize_rows"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cpu_product import multiply, multiply_parallel
 from .cpu_weights import row_scale
-from .numba_bits import magnitude, magnitude_to_float32, round_to_int8, round_to_int16
+from .numba_bits import float32_at, int8_at, magnitude, magnitude_to_float32, round_to_int8, round_to_int16
 from .reference import BLOCK, FEW_ROWS, LARGEST_INT16, SMALLEST_ABSMAX, Activations, resolve_activations
 
 PARALLEL_VALUES = 2**20
@@ -128,7 +128,7 @@ def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor
     """`reference.quantize_activations` of float32 X: int8 (T, K), float32 scales (T,), outlier mask (K,)."""
     t, k = x_TK.shape
     q_TK, scale_T, outliers_K = torch.empty(t, k, dtype=torch.int8), torch.empty(t), np.zeros(k, np.bool_)
-    with _threads(t * k) as parts:
+    with threads_for(t * k) as parts:
         _quantize(x_TK.numpy(), np.float32(threshold), q_TK.numpy(), scale_T.numpy(), outliers_K, parts)
     return q_TK, scale_T, torch.from_numpy(outliers_K)
 
@@ -137,51 +137,62 @@ def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor
 
 
 @njit(nogil=True, cache=True)
-def _linear_16bit(x_TK, w_NK, scale_N, bias_N, y_TN, parts):
-    tokens, features = x_TK.shape
+def _linear_16bit(x, weight, scale, bias, y, tokens, features, rows, parts):
+    """Arrays come as addresses (`bias` 0 for none), since turning tensors into arrays takes longer than a small one."""
+    x_TK = float32_at(x, (tokens, features))
     q_TK = np.empty((tokens, features), np.int16)
     x_scale_TB = np.empty((tokens, (features + BLOCK - 1) // BLOCK), np.float32)
     if parts > 1 and tokens > FEW_ROWS:
         _to_int16_parallel(x_TK, q_TK, x_scale_TB, parts)
     else:
         _to_int16(x_TK, q_TK, x_scale_TB, 0, tokens)
-    if parts > 1:
-        multiply_parallel(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, parts)
-    else:
-        multiply(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, 0, w_NK.shape[0])
+    _multiply(q_TK, x_scale_TB, weight, scale, bias, y, rows, parts)
 
 
 @njit(nogil=True, cache=True)
-def _linear_int8(x_TK, threshold, outliers_K, w_NK, scale_N, bias_N, y_TN, parts):
-    tokens, features = x_TK.shape
+def _linear_int8(x, threshold, outliers_K, weight, scale, bias, y, tokens, features, rows, parts):
+    x_TK = float32_at(x, (tokens, features))
     q_TK, x_scale_T = np.empty((tokens, features), np.int16), np.empty(tokens, np.float32)
     _quantize(x_TK, threshold, q_TK, x_scale_T, outliers_K, parts if tokens > FEW_ROWS else 1)
     x_scale_TB = np.empty((tokens, (features + BLOCK - 1) // BLOCK), np.float32)
     for t in range(tokens):
         x_scale_TB[t] = x_scale_T[t]
+    _multiply(q_TK, x_scale_TB, weight, scale, bias, y, rows, parts)
+
+
+@njit(nogil=True, cache=True)
+def _multiply(q_TK, x_scale_TB, weight, scale, bias, y, rows, parts):
+    tokens, features = q_TK.shape
+    w_NK, scale_N = int8_at(weight, (rows, features)), float32_at(scale, (rows,))
+    bias_N, y_TN = float32_at(bias, (rows if bias else 0,)), float32_at(y, (tokens, rows))
     if parts > 1:
         multiply_parallel(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, parts)
     else:
-        multiply(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, 0, w_NK.shape[0])
+        multiply(q_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, 0, rows)
 
 
 def linear_16bit(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Float32 X in 16 bits times int8 weights, plus the bias: float32 (T, N)."""
-    y_TN = torch.empty(x_TK.shape[0], weight_NK.shape[0])
-    bias = _NO_BIAS if bias_N is None else bias_N.numpy()
-    with _threads(weight_NK.numel() * x_TK.shape[0]) as parts:
-        _linear_16bit(x_TK.numpy(), weight_NK.numpy(), scale_N.numpy(), bias, y_TN.numpy(), parts)
+    """Float32 X (..., K) in 16 bits times int8 weights, plus the bias: float32 (..., N). All are contiguous."""
+    rows, features = weight_NK.shape
+    tokens = x_TK.numel() // features
+    y_TN = x_TK.new_empty(*x_TK.shape[:-1], rows)
+    bias = 0 if bias_N is None else bias_N.data_ptr()
+    addresses = x_TK.data_ptr(), weight_NK.data_ptr(), scale_N.data_ptr(), bias, y_TN.data_ptr()
+    with threads_for(rows * features * tokens) as parts:
+        _linear_16bit(*addresses, tokens, features, rows, parts)
     return y_TN
 
 
 def linear_int8(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, threshold: float) -> Tensor:
-    """LLM.int8() of float32 X, plus the bias: float32 (T, N)."""
-    y_TN = torch.empty(x_TK.shape[0], weight_NK.shape[0])
-    bias = _NO_BIAS if bias_N is None else bias_N.numpy()
-    outliers_K = np.zeros(x_TK.shape[1], np.bool_)
-    limit = np.float32(threshold)
-    with _threads(weight_NK.numel() * x_TK.shape[0]) as parts:
-        _linear_int8(x_TK.numpy(), limit, outliers_K, weight_NK.numpy(), scale_N.numpy(), bias, y_TN.numpy(), parts)
+    """LLM.int8() of float32 X (T, K), plus the bias: float32 (T, N). All are contiguous."""
+    (tokens, features), rows = x_TK.shape, weight_NK.shape[0]
+    y_TN = torch.empty(tokens, rows)
+    outliers_K = np.zeros(features, np.bool_)
+    bias = 0 if bias_N is None else bias_N.data_ptr()
+    addresses = weight_NK.data_ptr(), scale_N.data_ptr(), bias, y_TN.data_ptr()
+    with threads_for(rows * features * tokens) as parts:
+        limit = np.float32(threshold)
+        _linear_int8(x_TK.data_ptr(), limit, outliers_K, *addresses, tokens, features, rows, parts)
     _add_outliers(y_TN, x_TK, weight_NK, scale_N, torch.from_numpy(outliers_K))
     return y_TN
 
@@ -208,7 +219,7 @@ def linear_vnni(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor
     acc_TN = torch._int_mm(q_TK, weight_NK.T)
     y_TN = torch.empty(acc_TN.shape)
     bias = _NO_BIAS if bias_N is None else bias_N.numpy()
-    with _threads(acc_TN.numel()) as parts:
+    with threads_for(acc_TN.numel()) as parts:
         arrays = acc_TN.numpy(), x_scale_T.numpy(), scale_N.numpy(), bias, y_TN.numpy()
         if parts > 1:
             _rescale_parallel(*arrays, parts)
@@ -232,29 +243,24 @@ def has_int8_dot() -> bool:
 
 
 def int8_linear(
-    x_TK: Tensor,
-    weight_NK: Tensor,
-    scale_N: Tensor,
-    bias_N: Tensor | None,
-    threshold: float,
-    activations: Activations,
+    x: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, threshold: float, activations: Activations
 ) -> Tensor:
-    """`reference.int8_linear` in float32, returned in X's dtype (T, N)."""
-    dtype, tokens = x_TK.dtype, x_TK.shape[0]
-    x_TK = x_TK.detach().float().contiguous()
-    weight_NK, scale_N = weight_NK.detach(), scale_N.detach()
-    bias_N = None if bias_N is None else bias_N.detach().float()
+    """`reference.int8_linear` of X (..., K) in float32, returned in X's dtype (..., N)."""
+    dtype, features = x.dtype, weight_NK.shape[1]
+    tokens = x.numel() // features
+    x, weight_NK, scale_N = x.float().contiguous(), weight_NK.contiguous(), scale_N.contiguous()
+    bias_N = None if bias_N is None else bias_N.float().contiguous()
     if resolve_activations(activations, tokens) == "16bit":
-        y_TN = linear_16bit(x_TK, weight_NK, scale_N, bias_N)
-    elif tokens > FEW_ROWS and has_int8_dot():
-        y_TN = linear_vnni(x_TK, weight_NK, scale_N, bias_N, threshold)
-    else:
-        y_TN = linear_int8(x_TK, weight_NK, scale_N, bias_N, threshold)
-    return y_TN.to(dtype)
+        y = linear_16bit(x, weight_NK, scale_N, bias_N)
+        return y if dtype == torch.float32 else y.to(dtype)
+    x_TK = x.detach().view(tokens, features)
+    many = linear_vnni if tokens > FEW_ROWS and has_int8_dot() else None
+    y_TN = (many or linear_int8)(x_TK, weight_NK.detach(), scale_N, bias_N, threshold)
+    return y_TN.view(*x.shape[:-1], -1).to(dtype)
 
 
-class _threads:
-    """`with _threads(values) as parts`: how many threads a kernel over so many values is worth, torch's at most.
+class threads_for:
+    """`with threads_for(values) as parts`: how many threads a kernel over so many values is worth, torch's at most.
 
     Where there are several, numba is set to them, and no other thread starts a parallel kernel meanwhile.
     """

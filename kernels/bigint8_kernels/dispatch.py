@@ -58,36 +58,69 @@ def copy_values(source: Tensor, out: Tensor) -> tuple[bool, bool]:
     return bool(torch.isfinite(source).all()), bool(torch.isfinite(out).all())
 
 
+def float_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`Y = X W^T + b` in float32, with weights (N, K) that stay float16 or bfloat16: X (..., K) of any float dtype.
+
+    Returns Y (..., N) in X's dtype: what X gives with the same weights in float32. Raises TypeError and ValueError for
+    dtypes, shapes and devices that do not belong together.
+    """
+    if x.dtype not in SOURCE_DTYPES or weight_NK.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"float_linear multiplies floats with 16-bit weights, not {x.dtype} with {weight_NK.dtype}")
+    if not x.ndim or weight_NK.ndim != 2 or weight_NK.size(1) != x.size(-1) or x.device != weight_NK.device:
+        raise ValueError(
+            f"float_linear: X {tuple(x.shape)} on {x.device} and weight {tuple(weight_NK.shape)} on "
+            f"{weight_NK.device} do not belong together"
+        )
+    x_TK = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]).float().contiguous()
+    if x.device.type == "cpu":
+        from . import cpu_float
+
+        y_TN = cpu_float.float_linear(x_TK, weight_NK.contiguous())
+    else:
+        from . import generic
+
+        y_TN = generic.float_linear(x_TK, weight_NK)
+    if bias_N is not None:
+        y_TN += bias_N
+    return y_TN.to(x.dtype).view(*x.shape[:-1], weight_NK.shape[0])
+
+
 def int8_linear(
-    x_TK: Tensor,
+    x: Tensor,
     weight_NK: Tensor,
     scale_N: Tensor,
     bias_N: Tensor | None = None,
     threshold: float = 6.0,
     activations: Activations = "auto",
 ) -> Tensor:
-    """`Y = X W^T + b` with `W ~ weight * scale[:, None]`: X (T, K) float, weight int8 (N, K), Y (T, N) in X's dtype.
+    """`Y = X W^T + b` with `W ~ weight * scale[:, None]`: X (..., K) float, weight int8 (N, K).
 
-    See `reference.int8_linear` for the definition. Raises TypeError and ValueError for dtypes, shapes and devices
-    that do not belong together.
+    Returns Y (..., N) in X's dtype. See `reference.int8_linear` for the definition. Raises TypeError and ValueError
+    for dtypes, shapes and devices that do not belong together.
     """
-    if x_TK.dtype not in SOURCE_DTYPES:
-        raise TypeError(f"int8_linear multiplies float16, bfloat16 and float32 activations, not {x_TK.dtype}")
-    if weight_NK.dtype != torch.int8 or scale_N.dtype != torch.float32:
-        raise TypeError(f"int8_linear needs int8 weights and float32 scales, not {weight_NK.dtype} and {scale_N.dtype}")
-    if x_TK.ndim != 2 or x_TK.shape[1] != weight_NK.shape[1] or scale_N.shape != weight_NK.shape[:1]:
+    device = weight_NK.device
+    if x.dtype not in SOURCE_DTYPES or weight_NK.dtype != torch.int8 or scale_N.dtype != torch.float32:
+        raise TypeError(
+            f"int8_linear multiplies float16, bfloat16 or float32 activations with int8 weights and float32 scales, "
+            f"not {x.dtype} with {weight_NK.dtype} and {scale_N.dtype}"
+        )
+    if not x.ndim or weight_NK.ndim != 2 or weight_NK.size(1) != x.size(-1) or scale_N.shape != weight_NK.shape[:1]:
         raise ValueError(
-            f"int8_linear: X {tuple(x_TK.shape)}, weight {tuple(weight_NK.shape)} and scale {tuple(scale_N.shape)} "
+            f"int8_linear: X {tuple(x.shape)}, weight {tuple(weight_NK.shape)} and scale {tuple(scale_N.shape)} "
             "do not belong together"
         )
-    if x_TK.device != weight_NK.device or scale_N.device != weight_NK.device:
-        raise ValueError(f"int8_linear: X on {x_TK.device}, weight on {weight_NK.device}, scale on {scale_N.device}")
-    if x_TK.shape[0] == 0:
-        return x_TK.new_empty(0, weight_NK.shape[0])
-    if x_TK.device.type == "cpu":
+    if bias_N is not None and (bias_N.shape != scale_N.shape or bias_N.device != device):
+        raise ValueError(f"int8_linear: bias {tuple(bias_N.shape)} on {bias_N.device} for {len(scale_N)} on {device}")
+    if x.device != device or scale_N.device != device:
+        raise ValueError(f"int8_linear: X on {x.device}, weight on {device}, scale on {scale_N.device}")
+    if not x.numel() or not scale_N.numel():
+        y = x.new_zeros(*x.shape[:-1], len(scale_N))
+        return y if bias_N is None else y + bias_N.to(x.dtype)
+    if device.type == "cpu":
         from . import cpu
 
-        return cpu.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, activations)
+        return cpu.int8_linear(x, weight_NK, scale_N, bias_N, threshold, activations)
     from . import generic
 
-    return generic.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, activations)
+    y_TN = generic.int8_linear(x.reshape(-1, x.shape[-1]), weight_NK, scale_N, bias_N, threshold, activations)
+    return y_TN.view(*x.shape[:-1], len(scale_N))

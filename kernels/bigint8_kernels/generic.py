@@ -15,6 +15,10 @@ SLICE_BYTES = 64 * 2**20
 """Size of the dequantized slice of the weight that one product reads."""
 
 
+FLOAT_SLICE_VALUES = 2**20
+"""Size of the slice of 16-bit weights that becomes float32: it stays in a CPU's cache."""
+
+
 def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
     """Quantize rows into `out_RK` int8 and `scale_R` float32, in place. False if a value is NaN or infinite."""
     q_RK, s_R = reference.quantize_rows(source_RK)
@@ -33,6 +37,17 @@ def round_activations(x_TK: Tensor, threshold: float) -> Tensor:
         q_SK, scale_S = reference.quantize_rows(torch.where(outliers_K, 0.0, x_SK.float()))
         rounded_TK[start : start + step] = torch.where(outliers_K, x_SK, (q_SK * scale_S[:, None]).to(x_TK.dtype))
     return rounded_TK
+
+
+def float_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """X (T, K) times weights (N, K) of another float format, in X's dtype (T, N), a slice of the weight at a time."""
+    n, k = weight_NK.shape
+    y_TN = x_TK.new_empty(x_TK.shape[0], n)
+    step = max(1, FLOAT_SLICE_VALUES // max(1, k))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        y_TN[:, rows] = x_TK @ weight_NK[rows].to(x_TK.dtype).T
+    return y_TN
 
 
 def int8_linear(

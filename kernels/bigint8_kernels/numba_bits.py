@@ -3,9 +3,10 @@
 float16 arrives viewed as uint16 and bfloat16 as int16, since numpy knows no bfloat16 and numba no float16 on the CPU.
 """
 
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -100,3 +101,25 @@ def from_float32(typingctx, x, like):
         return value
 
     return like(x, like), codegen
+
+
+@intrinsic
+def _pointer_to(typingctx, address, dtype):
+    """An address as a pointer to values of a numpy type."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.dtype)(address, dtype), codegen
+
+
+@njit
+def float32_at(address, shape):
+    """The float32 array at an address: a tensor costs a tenth of the time that way."""
+    return carray(_pointer_to(address, np.float32), shape)
+
+
+@njit
+def int8_at(address, shape):
+    """The int8 array at an address."""
+    return carray(_pointer_to(address, np.int8), shape)
