@@ -165,7 +165,7 @@ def time_model(model: Any, batch: int, prompt: int, tokens: int, step_bytes: flo
 
 def step_bytes(model: Any) -> float:
     """Bytes of the weights that a step reads: all but the embeddings, unless the head is tied to them."""
-    tensors = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if embeddings.data_ptr() != head.data_ptr():
         tensors.pop(embeddings.data_ptr(), None)

@@ -23,7 +23,7 @@ from .planner import Plan, make_plan
 from .progress import LoadProgress
 from .report import print_plan
 from .sources import Source, find_source
-from .transfer import convert, match_tensors, name_tensors, stored_dtype, unused_tensors
+from .transfer import convert, match_tensors, stored_dtype, unused_tensors
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def check(
     checkpoint = open_checkpoint(folder, trust_remote_code)
     hf_config = read_hf_config(checkpoint, trust_remote_code)
     skeleton = checkpoint_skeleton(checkpoint, hf_config, config, dtype, trust_remote_code)
-    named = name_tensors(checkpoint, skeleton)
-    transfers = match_tensors(skeleton.slots, checkpoint, named)
+    transfers = match_tensors(skeleton.slots, checkpoint, skeleton.tensors)
     by_tensor = {transfer.tensor.name: transfer for transfer in transfers}
     total = sum(transfer.tensor.nbytes for transfer in transfers)
     stream = transfer_stream(transfers, 0)
@@ -81,23 +80,31 @@ def check(
         first_rss_bytes=resident[0],
         most_rss_bytes=max(resident),
         peak_host_bytes=peak_host_bytes(),
-        unused=unused_tensors(named, skeleton),
+        unused=unused_tensors(skeleton),
     )
 
 
 def plan_stages(
-    source: Source, gpus: int | None, gpu_type: str | None, context: int | None, batch_size: int, int8_head: bool
+    source: Source,
+    stored: str,
+    gpus: int | None,
+    gpu_type: str | None,
+    context: int | None,
+    batch_size: int,
+    int8_head: bool,
 ) -> tuple[Plan | None, str]:
-    """The plan that this checkpoint is meant for, and a note about it; no plan where none is possible, with why."""
+    """The plan that this checkpoint is meant for, and a note about it; no plan where none is possible, with why.
+
+    `stored` is the dtype that its tensors are stored in.
+    """
     config = source.config(trust_remote_code=True)
     if all(config["model_type"] not in family.model_types for family in FAMILIES):
         return None, f"model type {config['model_type']!r} cannot be cut into stages: it loads in one process only"
-    layout = layout_of(config, int8_head)
+    layout = layout_of(config, int8_head, stored)
     context = context or min(DEFAULT_CONTEXT, layout.max_context or DEFAULT_CONTEXT)
     try:
         devices, note = devices_to_plan_for(layout, source, gpus, "auto", gpu_type, "auto", context, batch_size)
-        assert source.folder is not None
-        dtype = pick_dtype("auto", stored_dtype(open_checkpoint(source.folder, True)), devices)
+        dtype = pick_dtype("auto", stored, devices)
         return make_plan(source.name, layout, devices, dtype, context, batch_size), note or ""
     except PlanError as error:
         return None, f"no plan: {error}"
@@ -126,13 +133,13 @@ def command(
     source = find_source(checkpoint, revision=revision)
     if source.folder is None:
         raise source.not_found()
-    plan, note = plan_stages(source, gpus, gpu_type, context, batch_size, int8_head)
+    stored = stored_dtype(open_checkpoint(source.folder, trust_remote_code))
+    plan, note = plan_stages(source, stored, gpus, gpu_type, context, batch_size, int8_head)
     if plan is not None:
         print_plan(console, plan)
     if note:
         console.print(note, soft_wrap=True)
-    opened = open_checkpoint(source.folder, trust_remote_code)
-    chosen = stored_dtype(opened) if dtype is DtypeChoice.auto else dtype.value
+    chosen = stored if dtype is DtypeChoice.auto else dtype.value
     report = check(source.folder, Int8Config(int8_head=int8_head), chosen, True, trust_remote_code)
     _print_report(console, source.name, report)
     write_json(json_file, {"plan": plan.to_dict() if plan else None, "check": asdict(report)})

@@ -16,21 +16,24 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Sizes of a group of modules: values in int8, int8 rows (one float32 scale each), and values in 16-bit."""
+    """Sizes of a group of modules: values in int8, int8 rows (one float32 scale each), values in the model's own dtype,
+    and values of tables that are 16-bit whatever that dtype is."""
 
     int8_values: int = 0
     int8_rows: int = 0
     other_values: int = 0
+    table_values: int = 0
 
     def weight_bytes(self, dtype_bytes: int) -> int:
-        """Bytes on a device where what is not int8 takes `dtype_bytes` a value."""
-        return self.int8_values + 4 * self.int8_rows + dtype_bytes * self.other_values
+        """Bytes on a device where a value of the model's own dtype takes `dtype_bytes`."""
+        return self.int8_values + 4 * self.int8_rows + dtype_bytes * self.other_values + 2 * self.table_values
 
     def __add__(self, other: "Part") -> "Part":
         return Part(
             self.int8_values + other.int8_values,
             self.int8_rows + other.int8_rows,
             self.other_values + other.other_values,
+            self.table_values + other.table_values,
         )
 
 
@@ -366,17 +369,21 @@ def family_of(model_type: str) -> Family:
     )
 
 
-def layout_of(config: Config, int8_head: bool = False) -> Layout:
+def layout_of(config: Config, int8_head: bool = False, stored: str | None = None) -> Layout:
     """The sizes of a model from its config.json, with its head in int8 if that is asked for or stored so.
 
+    `stored` is the dtype of the checkpoint: where it is a 16-bit one, the token embeddings and the head stay in it.
     Raises PlanError for an unknown family or a config without a size.
     """
     family = family_of(config["model_type"])
     try:
         layout = family.layout(config)
         _check(layout)
-        if int8_head or has_int8_head(config, family.head):
+        int8_head = int8_head or has_int8_head(config, family.head)
+        if int8_head:
             layout = _with_int8_head(layout)
+        if stored in ("float16", "bfloat16"):
+            layout = _with_16bit_tables(layout, int8_head)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise PlanError(f"the config of this {family.name} model lacks or garbles a size ({error!r})") from None
     return layout
@@ -389,6 +396,16 @@ def _with_int8_head(layout: Layout) -> Layout:
     if layout.tied:
         return replace(layout, embeddings=layout.embeddings + change)
     return replace(layout, head=layout.head + change)
+
+
+def _with_16bit_tables(layout: Layout, int8_head: bool) -> Layout:
+    """Token embeddings and head, those that are not int8, in 16-bit whatever the model's own dtype is."""
+    values = layout.vocab * layout.head_width
+    change = Part(other_values=-values, table_values=values)
+    if layout.tied:
+        return layout if int8_head else replace(layout, embeddings=layout.embeddings + change)
+    head = layout.head if int8_head else layout.head + change
+    return replace(layout, embeddings=layout.embeddings + change, head=head)
 
 
 def _check(layout: Layout) -> None:

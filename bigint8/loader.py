@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .config import Int8Config
 from .errors import BigInt8Error, CheckpointError, PlanError
 from .families import family_of
@@ -25,7 +25,7 @@ from .placement import new_offload_folder, resolve_device_map
 from .progress import LoadProgress
 from .save import save_int8
 from .sources import find_source
-from .stage import Skeleton, Slot, StageModel, build_skeleton
+from .stage import Skeleton, Slot, StageModel, build_skeleton, keep_16bit_tables
 from .stored_int8 import stored_threshold
 from .stream import BUFFER_BYTES, PINNED_BUFFER_BYTES, TORCH_DTYPES, RowStream
 from .transfer import Step, Transfer, match_tensors, name_tensors, store, stored_dtype, unused_tensors
@@ -109,13 +109,11 @@ def load_sharded_int8(
     if "disk" in placement.device_map.values():
         offloaded = new_offload_folder(offload_folder)
         weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
-    named = name_tensors(checkpoint, skeleton)
     with LoadProgress([source.name], enabled=progress) as bars:
         report = _fill(
             skeleton.slots,
             checkpoint,
-            named,
-            unused_tensors(named, skeleton),
+            skeleton,
             placement.device_of,
             lambda done, total: bars.update(0, done, total),
             offloaded,
@@ -148,10 +146,8 @@ def load_stage(
     hf_config = read_hf_config(checkpoint, trust_remote_code)
     family = family_of(hf_config.model_type)
     skeleton = checkpoint_skeleton(checkpoint, hf_config, _settings_for(checkpoint, config), dtype, trust_remote_code)
-    named = name_tensors(checkpoint, skeleton)
-    unused = unused_tensors(named, skeleton)
     stage = StageModel(skeleton, family, first_block, last_block)
-    report = _fill(stage.slots, checkpoint, named, unused, lambda name: device, on_progress)
+    report = _fill(stage.slots, checkpoint, skeleton, lambda name: device, on_progress)
     if stage.has_head:
         skeleton.tie()
     move_buffers(stage, lambda name: device)
@@ -188,13 +184,16 @@ def checkpoint_skeleton(
     checkpoint: Checkpoint, hf_config: Any, int8: Int8Config, dtype: str, trust_remote_code: bool
 ) -> Skeleton:
     """The model that the checkpoint's tensors go into. Raises CheckpointError for a config that makes none."""
-    stored = list(checkpoint.tensors) if checkpoint.is_int8 else None
+    int8_names = list(checkpoint.tensors) if checkpoint.is_int8 else None
     try:
-        return build_skeleton(hf_config, int8, getattr(torch, dtype), trust_remote_code, stored)
+        skeleton = build_skeleton(hf_config, int8, getattr(torch, dtype), trust_remote_code, int8_names)
     except BigInt8Error:
         raise
     except Exception as error:  # the model's own code meets a config's values here, with as many kinds
         raise _refused(checkpoint, error) from error
+    skeleton.tensors = name_tensors(checkpoint, skeleton)
+    keep_16bit_tables(skeleton, {name: tensor.dtype for name, tensor in skeleton.tensors.items()})
+    return skeleton
 
 
 def _refused(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
@@ -205,18 +204,17 @@ def _refused(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
 def _fill(
     slots: dict[str, Slot],
     checkpoint: Checkpoint,
-    named: dict[str, TensorInfo],
-    unused: list[str],
+    skeleton: Skeleton,
     device_of: Callable[[str], str],
     on_progress: OnProgress | None = None,
     offloaded: Path | None = None,
 ) -> LoadReport:
     """Check everything, allocate everything, then stream: the order in which a user wants to hear of trouble.
 
-    `named` are the checkpoint's tensors by the model's names; `slots` may be a stage's.
+    `slots` are the skeleton's, or those of a stage that was cut from it.
     """
     started = time.perf_counter()
-    transfers = match_tensors(slots, checkpoint, named)
+    transfers = match_tensors(slots, checkpoint, skeleton.tensors)
     devices = {name: device_of(name) for name in slots}
     mapped = _map(transfers, devices) if checkpoint.is_int8 else set()
     device_bytes: dict[str, int] = {}
@@ -241,7 +239,7 @@ def _fill(
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=sum(torch.cuda.max_memory_allocated(d) for d in device_bytes if d.startswith("cuda")),
         byte_ranges=[(read.file.name, read.start, read.stop) for read in stream.reads],
-        unused=unused,
+        unused=unused_tensors(skeleton),
     )
 
 

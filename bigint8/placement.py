@@ -109,7 +109,7 @@ def resolve_device_map(
     skeleton = skeleton_for(dtype)
     if all(hf_config.model_type not in family.model_types for family in FAMILIES):
         return _place_unknown(skeleton, devices)
-    layout = layout_of(hf_config.to_dict(), _has_int8_head(skeleton))
+    layout = layout_of(hf_config.to_dict(), _has_int8_head(skeleton), stored_dtype)
     placement = Placement(skeleton, _plan_map(skeleton, layout, devices, dtype, context, batch_size, offload_folder))
     _check_room(placement, max_memory, hf_config, context, batch_size, dtype)  # skipped modules are not in the plan
     return placement

@@ -23,7 +23,7 @@ from .save import SHARD_BYTES, ShardWriter, check_target, copy_config_files, int
 from .sources import find_source
 from .stored_int8 import FORMAT, ROWS_AS_THEY_ARE, SCALES, quantization_config, scales_to_absmax
 from .stream import TORCH_DTYPES, Chunk
-from .transfer import Transfer, convert, match_tensors, name_tensors, stored_dtype, unused_tensors
+from .transfer import Transfer, convert, match_tensors, stored_dtype, unused_tensors
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def quantize(
     settings = config or Int8Config()
     hf_config = read_hf_config(checkpoint, trust_remote_code)
     skeleton = checkpoint_skeleton(checkpoint, hf_config, settings, stored_dtype(checkpoint), trust_remote_code)
-    named = name_tensors(checkpoint, skeleton)
-    transfers = match_tensors(skeleton.slots, checkpoint, named)
+    transfers = match_tensors(skeleton.slots, checkpoint, skeleton.tensors)
     transfers.sort(key=lambda transfer: (transfer.tensor.file, transfer.tensor.start))
     tensors = [new for t in transfers for new in int8_tensors(t.slot.name, t.slot, t.tensor.dtype)]
     by_tensor = {transfer.tensor.name: transfer for transfer in transfers}
@@ -89,7 +88,7 @@ def quantize(
         bytes_read=stream.bytes_read,
         bytes_written=writer.total_bytes,
         peak_host_bytes=peak_host_bytes(),
-        unused=unused_tensors(named, skeleton),
+        unused=unused_tensors(skeleton),
     )
 
 

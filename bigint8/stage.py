@@ -7,12 +7,13 @@ embeddings give zero and the embedding norm is the identity. Hidden states go in
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import TensorInfo
 from .config import Int8Config
 from .errors import BigInt8Error
 from .families import Family
@@ -20,6 +21,7 @@ from .linear import Int8Embedding, Int8Linear, empty_like, is_linear, is_transpo
 from .memory import HostMemory
 from .naming import model_names
 from .stored_int8 import SCALES
+from .tables import Embedding16bit, Linear16bit
 
 
 @dataclass
@@ -89,18 +91,24 @@ class Slot:
 
 @dataclass
 class Skeleton:
-    """A causal language model on the meta device: `slots` by name; `tied`, names that share another slot's tensor."""
+    """A causal language model on the meta device.
+
+    `slots` by name; `tied`: names that share another slot's tensor; `head`: the output head's name; `tensors`: those of
+    the checkpoint that it is made for, by the names that the model has for them.
+    """
 
     model: Any
     slots: dict[str, Slot]
     tied: dict[str, str]
     head: str | None
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
 
     def tie(self) -> None:
         """Let the tied names share the tensors that their slots hold by now."""
         for target, source in self.tied.items():
-            _set(self.model, target, self.model.get_parameter(source))
-            origin = self.model.get_submodule(source.rpartition(".")[0])
+            origin, _, attribute = source.rpartition(".")
+            origin = self.model.get_submodule(origin)
+            _set(self.model, target, getattr(origin, attribute))
             if isinstance(origin, Int8Embedding):
                 self.model.get_submodule(target.rpartition(".")[0]).scale = origin.scale
 
@@ -185,6 +193,39 @@ def _replace_embedding(model: nn.Module, name: str) -> None:
         )
     rows, width = module.weight.shape
     _set(model, name, Int8Embedding(rows, width, module.weight.device, module.weight.dtype))
+
+
+def keep_16bit_tables(skeleton: Skeleton, stored: Mapping[str, str]) -> None:
+    """In a float32 model, let the token embeddings and the head stay in the 16-bit format that they are stored in.
+
+    `stored` has the dtype of each slot's tensor in the checkpoint, as safetensors names it. Modules that do more than
+    look up or multiply are left as they are, and with them what is tied to them.
+    """
+    modules = {name: skeleton.model.get_submodule(name) for name in _table_names(skeleton)}
+    origins = {name: skeleton.tied.get(f"{name}.weight", f"{name}.weight") for name in modules}
+    plain = {name for name, module in modules.items() if _is_plain_float32(module)}
+    for name, module in modules.items():
+        dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored.get(origins[name], ""))
+        together = {other for other, origin in origins.items() if origin == origins[name]}
+        if dtype is not None and together <= plain:
+            table = Embedding16bit(module, dtype) if isinstance(module, nn.Embedding) else Linear16bit(module, dtype)
+            _set(skeleton.model, name, table)
+            for slot in skeleton.slots.values():
+                if slot.module is module:
+                    slot.module = table
+    skeleton.tie()
+
+
+def _table_names(skeleton: Skeleton) -> list[str]:
+    """The token embeddings and the head."""
+    model = skeleton.model
+    embeddings = model.get_input_embeddings()
+    return [name for name, m in model.named_modules() if m is embeddings or (skeleton.head and name == skeleton.head)]
+
+
+def _is_plain_float32(module: nn.Module) -> bool:
+    plain = type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
+    return plain and cast(Tensor, module.weight).dtype == torch.float32
 
 
 def model_slots(model: nn.Module) -> dict[str, Slot]:

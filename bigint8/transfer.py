@@ -62,7 +62,10 @@ def name_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Tensor
 
 
 def match_tensors(slots: dict[str, Slot], checkpoint: Checkpoint, named: dict[str, TensorInfo]) -> list[Transfer]:
-    """What fills the slots. Raises CheckpointError for tensors that are missing, of another shape or dtype."""
+    """What fills the slots, from tensors by the model's names.
+
+    Raises CheckpointError for tensors that are missing, of another shape or dtype.
+    """
     missing = sorted(slots.keys() - named.keys())
     if missing:
         more = f" and {len(missing) - SHOWN_NAMES} more" if len(missing) > SHOWN_NAMES else ""
@@ -83,8 +86,9 @@ def match_tensors(slots: dict[str, Slot], checkpoint: Checkpoint, named: dict[st
     return transfers
 
 
-def unused_tensors(named: dict[str, TensorInfo], skeleton: Skeleton) -> list[str]:
+def unused_tensors(skeleton: Skeleton) -> list[str]:
     """The tensors that no module wants, by their names in the checkpoint."""
+    named = skeleton.tensors
     wanted = set(skeleton.slots)
     for name, slot in skeleton.slots.items():
         if slot.is_int8 and name in named and named[name].dtype == "I8":

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from tiny import SIZES, tiny_config, tiny_model
+from tiny import SIZES, save_tiny, tiny_config, tiny_model
 from transformers import AutoConfig
 
+from bigint8.checkpoint import open_checkpoint
 from bigint8.config import Int8Config
 from bigint8.errors import PlanError
 from bigint8.families import FAMILIES, family_of, layout_of
+from bigint8.loader import checkpoint_skeleton, read_hf_config
 from bigint8.planner import stage_part
 from bigint8.presets import find_preset, preset_names
 from bigint8.stage import StageModel, build_skeleton
@@ -30,6 +32,21 @@ def test_stage_bytes_are_those_of_the_real_stage(kind, tied):
             skeleton = build_skeleton(config, Int8Config(), dtype)
             stage = StageModel(skeleton, family_of(config.model_type), first, last)
             assert stage_part(layout, first, last).weight_bytes(size) == slot_bytes(stage.slots), (first, last)
+
+
+@pytest.mark.parametrize("int8_head", [False, True], ids=["head16", "head8"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", sorted(SIZES))
+def test_stage_bytes_of_a_float32_model_count_the_tables_that_stay_16_bit(kind, tied, int8_head, tmp_path):
+    checkpoint = open_checkpoint(save_tiny(kind, tied, tmp_path))
+    config = Int8Config(int8_head=int8_head)
+    layout = layout_of(checkpoint.config, int8_head, "float16")
+    blocks = len(layout.blocks)
+    for first, last in ((0, 1), (1, blocks)):
+        hf_config = read_hf_config(checkpoint, False)
+        skeleton = checkpoint_skeleton(checkpoint, hf_config, config, "float32", False)
+        stage = StageModel(skeleton, family_of(hf_config.model_type), first, last)
+        assert stage_part(layout, first, last).weight_bytes(4) == slot_bytes(stage.slots), (first, last)
 
 
 @pytest.mark.parametrize("kind", sorted(SIZES))

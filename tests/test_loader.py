@@ -54,7 +54,9 @@ def test_a_loaded_model_is_the_one_converted_by_hand(kind, tied, tmp_path):
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
     with torch.no_grad():
-        assert torch.equal(model(PROMPT).logits, expected(PROMPT).logits)
+        hidden, logits = (model(PROMPT, output_hidden_states=True)[key] for key in ("hidden_states", "logits"))
+        assert torch.equal(hidden[-1], expected(PROMPT, output_hidden_states=True).hidden_states[-1])
+        assert torch.allclose(logits, expected(PROMPT).logits, rtol=1e-5, atol=1e-6)  # the head sums in another order
     assert torch.equal(greedy(model), greedy(expected))
     assert sum(isinstance(module, Int8Linear) for module in model.modules()) >= 4 * len(ours) // 40
 
@@ -136,6 +138,43 @@ def test_the_memory_footprint_is_the_bytes_that_are_there(tmp_path):
     weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     assert model.get_memory_footprint() == sum(weights.values())
     assert model.load_report.device_bytes == {"cpu": sum(weights.values())}
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_stay_as_they_are_stored_where_the_model_computes_in_float32(tied, stored, tmp_path):
+    save_tiny("llama", tied, tmp_path, stored)
+    model = load(tmp_path, dtype="float32")
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embeddings.weight.dtype == head.weight.dtype == stored
+    assert (embeddings.weight is head.weight) == tied
+    assert embeddings(PROMPT).dtype == model(PROMPT).logits.dtype == model.dtype == torch.float32
+    model.bfloat16()
+    assert embeddings.weight.dtype == stored and embeddings(PROMPT).dtype == model.dtype == torch.bfloat16
+    assert model(PROMPT).logits.dtype == torch.bfloat16
+    for folder, dtype in ((tmp_path, "bfloat16"), (save_tiny("llama", tied, tmp_path / "32", torch.float32), "auto")):
+        model = load(folder, dtype=dtype)
+        assert model.get_output_embeddings().weight.dtype == model.dtype
+
+
+def test_embeddings_that_do_more_than_look_up_take_the_models_dtype(tmp_path):
+    """Gemma scales its embeddings, and its head is tied to them."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    original = AutoModelForCausalLM.from_config(config).half()
+    original.save_pretrained(tmp_path)
+    model = load(tmp_path, dtype="float32")
+    plain = type(original.get_input_embeddings()) is torch.nn.Embedding
+    assert model.get_input_embeddings().weight.dtype == (torch.float16 if plain else torch.float32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        expected, logits = original.float().eval()(PROMPT).logits, model(PROMPT).logits
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_settings_reach_every_layer(tmp_path):

@@ -19,6 +19,7 @@ from bigint8.families import layout_of
 from bigint8.pipeline import Pipeline
 from bigint8.planner import make_plan
 from bigint8.sources import find_source
+from bigint8.transfer import stored_dtype
 from bigint8.worker import pack, unpack
 
 CONTEXT = 100
@@ -32,7 +33,8 @@ def pipeline():
 
 def load(pipeline, folder, workers, dtype="float32", context=CONTEXT, **config):
     """A model on the first `workers` workers, and the reports of their loads."""
-    layout = layout_of(open_checkpoint(folder).config)
+    checkpoint = open_checkpoint(folder)
+    layout = layout_of(checkpoint.config, stored=stored_dtype(checkpoint))
     plan = make_plan(Path(folder).name, layout, pipeline.devices()[:workers], dtype, context)
     reports = pipeline.load(folder, plan, Int8Config(**config), progress=False)
     return pipeline.model(folder, plan), reports
