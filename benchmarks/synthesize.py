@@ -9,7 +9,6 @@ read of a fresh checkpoint is a cold one. --sparse leaves what is random a hole 
 zeros that takes a few MB of disk, enough to try all that does not look at the values.
 """
 
-import json
 import math
 import mmap
 import os
@@ -25,9 +24,10 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from bigint8.checkpoint import INDEX_FILE, SINGLE_FILE
+from bigint8.checkpoint import INDEX_FILE
 from bigint8.errors import BigInt8Error
 from bigint8.presets import ModelPreset, find_preset, preset_names
+from bigint8.shards import NewTensor, header_bytes, index_of, split, write_json
 
 Bits = NDArray[np.uint16] | NDArray[np.uint32]
 Fill = Literal["random", "ones", "zeros"]
@@ -45,17 +45,13 @@ DIRECT_ALIGNMENT = 4096
 """Sizes and places of writes past the page cache are multiples of this."""
 
 STORED_AS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written."""
+class FilledTensor(NewTensor):
+    """A tensor to be written, and what with."""
 
-    name: str
-    shape: tuple[int, ...]
     fill: Fill
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -85,24 +81,21 @@ def synthesize(
         raise BigInt8Error(f"{folder}: exists and is not an empty folder; name a new one, or empty it first")
     dtype = dtype or preset.dtype
     hf_config = transformers_config(preset, dtype, layers)
-    tensors = list_tensors(hf_config, VALUE_BYTES[dtype])
+    tensors = list_tensors(hf_config, STORED_AS[dtype])
     _check_room(folder, tensors, sparse)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     hf_config.save_pretrained(folder)
-    shards = _split(tensors, shard_bytes)
+    shards = split(tensors, shard_bytes)
     values = None if sparse else RandomValues(dtype, seed)
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        weight_map |= {tensor.name: file for tensor in shard}
+    for file, shard in shards.items():
         if values is None:
             write_sparse(folder / file, shard, dtype)
         else:
             write_shard(folder / file, shard, dtype, values)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        file_of = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+        write_json(folder / INDEX_FILE, index_of(file_of, sum(tensor.nbytes for tensor in tensors)))
     files = [file.stat() for file in folder.iterdir()]
     disk_bytes = sum(512 * stat.st_blocks for stat in files)
     return Summary(len(shards), sum(stat.st_size for stat in files), disk_bytes, time.perf_counter() - started)
@@ -122,7 +115,7 @@ def transformers_config(preset: ModelPreset, dtype: str, layers: int | None = No
     return AutoConfig.for_model(model_type, **config, dtype=dtype)
 
 
-def list_tensors(hf_config: Any, value_bytes: int) -> list[NewTensor]:
+def list_tensors(hf_config: Any, dtype: str) -> list[FilledTensor]:
     """The tensors of a checkpoint in the order of the model, as the hub names them; what is tied stands once."""
     import torch
     from accelerate import init_empty_weights
@@ -141,12 +134,11 @@ def list_tensors(hf_config: Any, value_bytes: int) -> list[NewTensor]:
         fills[tensor] = "zeros" if attribute == "bias" else "ones" if owner in norms else "random"
     stored = revert_weight_conversion(model, state)  # the hub's names where transformers has changed its own
     return [
-        NewTensor(name, tuple(tensor.shape), fills.get(tensor, "random"), tensor.numel() * value_bytes)
-        for name, tensor in stored.items()
+        FilledTensor(name, dtype, tuple(tensor.shape), fills.get(tensor, "random")) for name, tensor in stored.items()
     ]
 
 
-def _check_room(folder: Path, tensors: list[NewTensor], sparse: bool) -> None:
+def _check_room(folder: Path, tensors: list[FilledTensor], sparse: bool) -> None:
     needed = sum(tensor.nbytes for tensor in tensors if not sparse or tensor.fill == "ones")
     there = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(there).free
@@ -155,32 +147,6 @@ def _check_room(folder: Path, tensors: list[NewTensor], sparse: bool) -> None:
             f"{folder}: the checkpoint needs {needed:,} bytes and {free:,} are free there; free some, name a folder on "
             "another disk, or write less (--layers, --sparse)"
         )
-
-
-def _split(tensors: list[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
-    """In order, as many tensors a shard as fit; one that is larger than a shard has one of its own."""
-    shards: list[list[NewTensor]] = [[]]
-    room = shard_bytes
-    for tensor in tensors:
-        if tensor.nbytes > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
-
-
-def header_bytes(tensors: list[NewTensor], dtype: str) -> bytes:
-    """The safetensors header: its length in 8 bytes, then JSON, padded with blanks so that the data is aligned."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for tensor in tensors:
-        offsets = [at, at + tensor.nbytes]
-        entries[tensor.name] = {"dtype": STORED_AS[dtype], "shape": tensor.shape, "data_offsets": offsets}
-        at += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def to_bits(values: NDArray[np.float32], dtype: str) -> Bits:
@@ -209,10 +175,10 @@ class RandomValues:
             yield run
 
 
-def write_shard(file: Path, tensors: list[NewTensor], dtype: str, values: RandomValues) -> None:
+def write_shard(file: Path, tensors: list[FilledTensor], dtype: str, values: RandomValues) -> None:
     """One safetensors file, streamed through one buffer."""
     with DirectFile(file) as out:
-        out.write(header_bytes(tensors, dtype))
+        out.write(header_bytes(tensors))
         for tensor in tensors:
             if tensor.fill == "random":
                 for run in values.runs(math.prod(tensor.shape)):
@@ -221,9 +187,9 @@ def write_shard(file: Path, tensors: list[NewTensor], dtype: str, values: Random
                 out.write(_constant(tensor, dtype))
 
 
-def write_sparse(file: Path, tensors: list[NewTensor], dtype: str) -> None:
+def write_sparse(file: Path, tensors: list[FilledTensor], dtype: str) -> None:
     """One safetensors file whose only data on disk are the header and the norms' ones; all else are holes."""
-    header = header_bytes(tensors, dtype)
+    header = header_bytes(tensors)
     with file.open("wb") as out:
         out.truncate(len(header) + sum(tensor.nbytes for tensor in tensors))
         out.write(header)
@@ -235,7 +201,7 @@ def write_sparse(file: Path, tensors: list[NewTensor], dtype: str) -> None:
             at += tensor.nbytes
 
 
-def _constant(tensor: NewTensor, dtype: str) -> bytes:
+def _constant(tensor: FilledTensor, dtype: str) -> bytes:
     """All values of a norm or a bias."""
     value = np.float32(tensor.fill == "ones")
     return to_bits(np.full(tensor.shape, value, dtype=np.float32), dtype).tobytes()

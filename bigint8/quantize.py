@@ -19,7 +19,8 @@ from .errors import CheckpointError
 from .linear import is_linear
 from .loader import checkpoint_skeleton, peak_host_bytes, read_hf_config, transfer_stream
 from .progress import LoadProgress
-from .save import SHARD_BYTES, ShardWriter, check_target, copy_config_files, int8_tensors, new_checkpoint_folder
+from .save import check_target, copy_config_files, int8_tensors, new_checkpoint_folder
+from .shards import SHARD_BYTES, ShardWriter
 from .sources import find_source
 from .stored_int8 import FORMAT, ROWS_AS_THEY_ARE, SCALES, quantization_config, scales_to_absmax
 from .stream import TORCH_DTYPES, Chunk

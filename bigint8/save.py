@@ -1,7 +1,6 @@
 """Saving int8 checkpoints: sharded safetensors as bitsandbytes has them, in a folder that appears when it is whole.
 
-The sizes of all tensors are known before the first byte is written, so the shards are laid out, and their room on the
-disk is taken, up front; rows are then written to their places in any order.
+Everything is written into a partial folder beside the wanted one, which takes its place at the end.
 """
 
 import contextlib
@@ -9,25 +8,19 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import DTYPE_BITS, INDEX_FILE, SINGLE_FILE
 from .errors import CheckpointError
 from .linear import Int8Embedding, Int8Linear, is_linear
 from .planner import readable
+from .shards import SHARD_BYTES, NewTensor, ShardWriter
 from .stage import Slot, model_slots
 from .stored_int8 import FORMAT, ROWS_AS_THEY_ARE, SCALES, quantization_config, scales_to_absmax
 from .stream import TORCH_DTYPES
-
-SHARD_BYTES = 5 * 10**9
-"""The most that a shard holds, unless one tensor is larger: what transformers writes, too."""
 
 SLICE_BYTES = 2**26
 """What is written of a tensor at once, and copied from a GPU for it."""
@@ -36,19 +29,6 @@ CONFIG_FILES = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py")
 """What a checkpoint's folder holds besides weights; config.json and indices are written anew."""
 
 STORED_AS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written: `dtype` as safetensors names it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 def int8_tensors(name: str, slot: Slot, dtype: str) -> list[NewTensor]:
@@ -61,76 +41,6 @@ def int8_tensors(name: str, slot: Slot, dtype: str) -> list[NewTensor]:
         NewTensor(f"{module}.{SCALES}", "F32", (slot.out_features,)),
         NewTensor(f"{module}.{FORMAT}", "U8", ()),
     ]
-
-
-class ShardWriter:
-    """The shards of a checkpoint, open for writing in any order and from any thread."""
-
-    def __init__(self, folder: Path, tensors: Sequence[NewTensor], shard_bytes: int = SHARD_BYTES) -> None:
-        """Lay the shards out, write their headers and take their room on the disk."""
-        self._places: dict[str, tuple[int, int]] = {}  # descriptor and offset of each tensor
-        self._descriptors: list[int] = []
-        self.folder, self.total_bytes = folder, sum(tensor.nbytes for tensor in tensors)
-        self._file_of: dict[str, str] = {}
-        shards = _split(tensors, shard_bytes)
-        try:
-            for i, shard in enumerate(shards):
-                file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-                self._begin(folder / file, shard)
-                self._file_of |= dict.fromkeys((tensor.name for tensor in shard), file)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _begin(self, file: Path, tensors: Sequence[NewTensor]) -> None:
-        # Large items first: then each tensor begins at a multiple of its item size, and can be mapped.
-        ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for tensor in ordered:
-            offsets = [at, at + tensor.nbytes]
-            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-            at += tensor.nbytes
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-(8 + len(header)) % 64)
-        start = 8 + len(header)
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0), 0o666)
-        self._descriptors.append(descriptor)
-        for tensor in ordered:
-            self._places[tensor.name] = (descriptor, start)
-            start += tensor.nbytes
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, start)
-        else:
-            os.truncate(descriptor, start)
-        _write_all(descriptor, len(header).to_bytes(8, "little") + header, 0)
-
-    def write(self, name: str, data: Tensor, first_byte: int = 0) -> None:
-        """Write values of a tensor, in its stored dtype and contiguous on the CPU, `first_byte` bytes into it."""
-        descriptor, start = self._places[name]
-        if data.numel():
-            _write_all(descriptor, data.reshape(-1).view(torch.uint8).numpy().data, start + first_byte)
-
-    def finish(self, config: dict[str, Any]) -> None:
-        """Everything is written: flush it to the disk, then write the index and config.json, without which no loader
-        takes the folder for a checkpoint."""
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
-        if len(self._descriptors) > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._file_of}
-            _write_json(self.folder / INDEX_FILE, index)
-        _write_json(self.folder / "config.json", config)
-
-    def close(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
 
 
 @contextlib.contextmanager
@@ -240,33 +150,6 @@ def _save_slot(writer: ShardWriter, name: str, slot: Slot) -> None:
         module = name.rpartition(".")[0]
         writer.write(f"{module}.{SCALES}", scales_to_absmax(slot.module.scale.cpu()))
         writer.write(f"{module}.{FORMAT}", torch.tensor(ROWS_AS_THEY_ARE, dtype=torch.uint8))
-
-
-def _split(tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
-    """Tensors in order, as many a shard as fit."""
-    shards: list[list[NewTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.nbytes
-    return shards
-
-
-def _write_all(descriptor: int, data: Any, at: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        count = os.pwrite(descriptor, view, at)
-        view, at = view[count:], at + count
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    with file.open("w", encoding="utf-8") as out:
-        out.write(json.dumps(value, indent=2) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _lock(partial: Path, folder: Path) -> int | None:

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from folders import INDEX, quantization_of, read_tensors, replace, rewrite, save_tokenizer, set_config, shard_of
-from tiny import save_tiny
+from folders import INDEX, quantization_of, read_tensors, replace, rewrite, set_config, shard_of
 from torch import Tensor
 from transformers import StableLmConfig, StableLmForCausalLM
 
@@ -60,14 +59,6 @@ def run_apart(module: str, *arguments: object) -> Ended:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
     return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 16-bit checkpoint of several shards, not to be written to."""
-    folder = save_tiny("llama", False, tmp_path_factory.mktemp("source") / "source")
-    save_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

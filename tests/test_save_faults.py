@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import INDEX, quantization_of, read_tensors, replace, rewrite, save_tokenizer, set_config, shard_of
-from tiny import save_tiny
+from folders import INDEX, quantization_of, read_tensors, replace, rewrite, set_config, shard_of
 from torch import Tensor
 
 from bigint8 import BigInt8Error, CheckpointError, Int8Config, load_sharded_int8
@@ -56,14 +55,6 @@ def refusal(action: Callable[..., object], *args: Any, error: type[BigInt8Error]
 
 def names_in(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 16-bit checkpoint, not to be written to."""
-    folder = save_tiny("llama", False, tmp_path_factory.mktemp("source") / "source")
-    save_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
