@@ -246,13 +246,13 @@ def _fill(
 def transfer_stream(transfers: Sequence[Transfer], host_bytes: int, on_gpu: bool = False) -> RowStream:
     """The stream that reads these tensors, with buffers that suit the devices they go to.
 
-    Where what is read and the `host_bytes` that are made of it do not fit into the host's memory together, the file
-    cache would only be filled to be emptied again, so it keeps nothing.
+    Where what is read and the `host_bytes` that are made of it take more than half of the host's free memory, it is
+    read past the file cache, which would push out what else it holds and, in the end, its own beginning.
     """
     whole = {transfer.tensor.name for transfer in transfers if transfer.whole}
     tensors = [transfer.tensor for transfer in transfers]
-    drop = sum(tensor.nbytes for tensor in tensors) + host_bytes > available_memory()
-    return RowStream(tensors, whole, PINNED_BUFFER_BYTES if on_gpu else BUFFER_BYTES, pin=on_gpu, drop=drop)
+    direct = 2 * (sum(tensor.nbytes for tensor in tensors) + host_bytes) > available_memory()
+    return RowStream(tensors, whole, PINNED_BUFFER_BYTES if on_gpu else BUFFER_BYTES, pin=on_gpu, direct=direct)
 
 
 def peak_host_bytes() -> int:

@@ -5,6 +5,11 @@ threads take the next range in file order, read it into a buffer of their own an
 in the cache. Only wanted bytes are read.
 """
 
+import contextlib
+import ctypes
+import errno
+import functools
+import mmap
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -13,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +33,12 @@ PINNED_BUFFER_BYTES = 16 * 2**20
 """Of one staging buffer for a GPU: large enough that a copy runs at the speed of the bus."""
 
 FEWEST_READERS, MOST_READERS = 2, 16
+
+FEWEST_DIRECT_READERS = 4
+"""A disk without a cache before it has longer to answer: while some wait for it, others work."""
+
+DIRECT_ALIGNMENT = 4096
+"""Places in the file, sizes and addresses of reads past the file cache are multiples of this."""
 
 PROGRESS_SECONDS = 0.1
 
@@ -121,7 +133,8 @@ class RowStream:
     readers: threads, each of which reads a chunk into its own buffer and then works on it there; that way a chunk is
         still in the cache when it is worked on, and reading and working overlap
     pin: staging buffers in page-locked memory, for fast copies to a GPU
-    drop: let the system's file cache forget what was read: for files that it could not keep until they are read again
+    direct: read past the system's file cache what is not in it, where the file system can: for files that it could not
+        keep until they are read again
 
     Memory: one buffer for each reader, of the largest read that came its way. `bytes_read` counts what was read and
     worked on so far.
@@ -134,13 +147,13 @@ class RowStream:
         buffer_bytes: int = BUFFER_BYTES,
         readers: int | None = None,
         pin: bool = False,
-        drop: bool = False,
+        direct: bool = False,
     ) -> None:
         self.reads = plan_reads(tensors, whole, buffer_bytes)
         self.bytes_read = 0
-        self._readers = min(readers or default_readers(), max(1, len(self.reads)))
-        self._pin, self._drop = pin, drop and hasattr(os, "posix_fadvise")
-        self._files: dict[Path, int] = {}
+        self._readers = min(readers or default_readers(direct), max(1, len(self.reads)))
+        self._pin, self._direct = pin, direct and hasattr(os, "O_DIRECT")
+        self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
         self._stopped = False
 
@@ -154,7 +167,7 @@ class RowStream:
         pool = ThreadPoolExecutor(self._readers, thread_name_prefix="bigint8-read")
         try:
             for file in {read.file for read in self.reads}:
-                self._files[file] = _open(file)
+                self._files[file] = _File(file, self._direct)
             waiting = {pool.submit(self._read_on, upcoming, work, failures) for _ in range(self._readers)}
             while waiting:
                 done, waiting = wait(waiting, timeout=PROGRESS_SECONDS)
@@ -165,8 +178,8 @@ class RowStream:
         finally:
             self._stopped = True
             pool.shutdown(wait=True)
-            for descriptor in self._files.values():
-                os.close(descriptor)
+            for opened in self._files.values():
+                opened.close()
             self._files.clear()
         if failures:
             raise min(failures, key=lambda failure: failure[0])[1]
@@ -182,11 +195,11 @@ class RowStream:
             if read is None:
                 return
             try:
-                if len(buffer) < read.stop - read.start:
-                    buffer = torch.empty(read.stop - read.start, dtype=torch.uint8, pin_memory=self._pin)
-                self._fill(read, buffer)
+                if len(buffer) < read.stop - read.start + 2 * DIRECT_ALIGNMENT:
+                    buffer = _aligned(read.stop - read.start + 2 * DIRECT_ALIGNMENT, self._pin)
+                data = self._files[read.file].read(read, buffer)
                 for piece in read.pieces:
-                    work(Chunk(piece.tensor, piece.row_start, piece.row_stop, _view(piece, buffer)))
+                    work(Chunk(piece.tensor, piece.row_start, piece.row_stop, _view(piece, data)))
             except BaseException as error:
                 with self._lock:
                     self._stopped = True
@@ -195,39 +208,109 @@ class RowStream:
             with self._lock:
                 self.bytes_read += read.stop - read.start
 
-    def _fill(self, read: Read, buffer: Tensor) -> None:
-        view = buffer.numpy().data[: read.stop - read.start]
-        at = read.start
+
+class _File:
+    """An open file that is read through the system's cache or, what that does not have, past it."""
+
+    def __init__(self, path: Path, direct: bool) -> None:
+        self._cached = _open(path)
+        self._direct: int | None = None
+        self._pages = None
+        if direct:
+            with contextlib.suppress(CheckpointError, OSError, ValueError):
+                self._direct = _open(path, os.O_DIRECT)
+                self._pages = mmap.mmap(self._cached, 0, prot=mmap.PROT_READ)
+
+    def close(self) -> None:
+        os.close(self._cached)
+        if self._direct is not None:
+            os.close(self._direct)
+        if self._pages is not None:
+            self._pages.close()
+
+    def read(self, read: Read, buffer: Tensor) -> Tensor:
+        """The bytes of a read, as a view of the buffer, at an address that is to a page what their place is to a block.
+
+        Raises CheckpointError if the file ends before them or cannot be read.
+        """
+        lead = read.start % DIRECT_ALIGNMENT
+        memory, at = buffer.numpy().data, read.start
         try:
-            while view:
-                count = os.preadv(self._files[read.file], [view], at)
+            if self._pages is not None and not _is_cached(self._pages, read.start, read.stop):
+                at = self._read_direct(memory, at, read)
+            while at < read.stop:
+                count = os.preadv(self._cached, [memory[lead + at - read.start : lead + read.stop - read.start]], at)
                 if count == 0:
-                    cut = next(piece.tensor for piece in read.pieces if piece.tensor.stop > at)
-                    raise CheckpointError(
-                        f"{read.file}: ends at byte {at:,} while reading tensor {cut.name!r}, which goes on to byte "
-                        f"{cut.stop:,}; the file was cut short while it was being read"
-                    )
-                view, at = view[count:], at + count
-            if self._drop:
-                os.posix_fadvise(self._files[read.file], read.start, read.stop - read.start, os.POSIX_FADV_DONTNEED)
+                    raise _ends_early(read, at)
+                at += count
         except OSError as error:
             raise CheckpointError(f"{read.file}: reading bytes {at:,} to {read.stop:,}: {error.strerror}") from None
+        return buffer[lead : lead + read.stop - read.start]
+
+    def _read_direct(self, memory: memoryview, at: int, read: Read) -> int:
+        """Read from `at` to the end past the cache; how far that went, which is nowhere where the system cannot."""
+        origin = read.start - read.start % DIRECT_ALIGNMENT
+        while at < read.stop and self._direct is not None:
+            start = at - at % DIRECT_ALIGNMENT
+            size = read.stop - start + -(read.stop - start) % DIRECT_ALIGNMENT
+            try:
+                count = os.preadv(self._direct, [memory[start - origin : start - origin + size]], start)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                return at  # another alignment than this one
+            if start + count <= at:
+                return at
+            at = min(start + count, read.stop)
+        return at
 
 
-def _open(file: Path) -> int:
+def _is_cached(pages: mmap.mmap, start: int, stop: int) -> bool:
+    """Whether the system has all pages of a byte range in memory, as far as it tells us."""
+    start -= start % mmap.PAGESIZE
+    stop = min(stop, len(pages))
+    present = (ctypes.c_ubyte * max(1, -(-(stop - start) // mmap.PAGESIZE)))()
+    address = np.frombuffer(pages, np.uint8, 1, start).ctypes.data if start < stop else 0
+    found = _libc().mincore(ctypes.c_void_p(address), ctypes.c_size_t(stop - start), present)
+    return found == 0 and all(page & 1 for page in present)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _ends_early(read: Read, at: int) -> CheckpointError:
+    cut = next(piece.tensor for piece in read.pieces if piece.tensor.stop > at)
+    return CheckpointError(
+        f"{read.file}: ends at byte {at:,} while reading tensor {cut.name!r}, which goes on to byte {cut.stop:,}; the "
+        "file was cut short while it was being read"
+    )
+
+
+def _open(file: Path, flags: int = 0) -> int:
     try:
-        return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | flags)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
 
 
-def default_readers() -> int:
+def _aligned(size: int, pin: bool) -> Tensor:
+    """A buffer that begins at a page."""
+    buffer = torch.empty(size + DIRECT_ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
+    return buffer[-buffer.data_ptr() % DIRECT_ALIGNMENT :]
+
+
+def default_readers(direct: bool = False) -> int:
     """One for each CPU that this process may use, and at least so many that the disk has enough to do."""
-    return min(MOST_READERS, max(FEWEST_READERS, usable_cpus()))
+    return min(MOST_READERS, max(FEWEST_DIRECT_READERS if direct else FEWEST_READERS, usable_cpus()))
 
 
-def _view(piece: Piece, buffer: Tensor) -> Tensor:
+def _view(piece: Piece, data: Tensor) -> Tensor:
     dtype = TORCH_DTYPES[piece.tensor.dtype]
     rows = piece.row_stop - piece.row_start
-    data = buffer[piece.offset : piece.offset + piece.nbytes].view(dtype)
-    return data.view(rows, *piece.tensor.shape[1:]) if piece.tensor.shape else data.view(())
+    values = data[piece.offset : piece.offset + piece.nbytes]
+    if values.data_ptr() % dtype.itemsize:  # tensors that do not begin at a multiple of their item size
+        values = values.clone()
+    values = values.view(dtype)
+    return values.view(rows, *piece.tensor.shape[1:]) if piece.tensor.shape else values.view(())

@@ -1,5 +1,6 @@
 """Reading in bounded memory: every wanted byte once, none besides, in file order."""
 
+import mmap
 import os
 import threading
 from itertools import pairwise
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from bigint8.checkpoint import TensorInfo, read_header
 from bigint8.errors import CheckpointError
-from bigint8.stream import Chunk, RowStream, plan_reads
+from bigint8.stream import Chunk, RowStream, _is_cached, plan_reads
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -49,12 +50,12 @@ shape = st.one_of(
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(shape, min_size=1, max_size=8), st.integers(1, 5000), st.integers(1, 4), st.booleans(), st.data())
-def test_what_is_read_is_what_was_written(tmp_path, shapes, buffer_bytes, readers, drop, data):
+def test_what_is_read_is_what_was_written(tmp_path, shapes, buffer_bytes, readers, direct, data):
     tensors = make_file(tmp_path / "a.safetensors", shapes, seed=len(shapes))
     wanted = data.draw(st.sets(st.sampled_from(sorted(tensors)), min_size=1))
     whole = data.draw(st.sets(st.sampled_from(sorted(wanted))))
     infos = [info for info in read_header(tmp_path / "a.safetensors") if info.name in wanted]
-    stream = RowStream(infos, whole, buffer_bytes, readers, drop=drop)
+    stream = RowStream(infos, whole, buffer_bytes, readers, direct=direct)
     result = read_all(stream)
     assert result.keys() == wanted
     for name in wanted:
@@ -127,6 +128,33 @@ def test_work_that_fails_leaves_no_thread_and_no_open_file_and_the_first_failure
     assert stream.bytes_read < infos[0].nbytes + infos[1].nbytes
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("bigint8-read")]
     assert psutil.Process().num_fds() == before
+
+
+def test_what_the_file_cache_lacks_is_read_past_it_and_what_it_has_is_not(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = make_file(path, [(4000, 64)] * 4)
+    infos = read_header(path)
+    middle = infos[1].start, infos[1].stop
+
+    def is_cached() -> bool:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+            return _is_cached(pages, *middle)
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if is_cached():
+            pytest.skip("the file system keeps its files in memory")
+    except (AttributeError, OSError):
+        pytest.skip("the file system has no reads past the cache")
+    finally:
+        os.close(descriptor)
+    for direct, cached in ((True, False), (False, True), (True, True)):
+        for name, tensor in read_all(RowStream(infos, buffer_bytes=100_000, direct=direct)).items():
+            assert torch.equal(tensor, tensors[name])
+        assert is_cached() == cached
 
 
 def test_progress_is_told_to_the_thread_that_runs_the_stream(tmp_path):
