@@ -1,8 +1,14 @@
 """Fixtures that several modules use."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before triton is imported: it asks once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from folders import save_tokenizer
 from tiny import save_tiny
 

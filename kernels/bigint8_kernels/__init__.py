@@ -1,11 +1,14 @@
 """Device code of bigint8: quantization to int8 and the mixed-precision int8 matmul.
 
-Needs torch and numba only; usable without the rest of bigint8.
+Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
 
 - `reference`: the definition, in plain torch, in float64 where it matters;
 - `cpu_weights`: quantization of weights on the CPU, in numba (`numba_bits`: numbers from their bits);
 - `cpu`: the linear layer on the CPU, numba kernels with an integer or a float GEMM;
 - `cpu_float`: 16-bit float weights on the CPU, multiplied in float32;
+- `triton_weights`, `triton_activations`, `triton_matmul`, `triton_gemv`: the kernels for GPUs, a family a file
+  (`triton_numbers`: what they share); `gpu_tiles`: their configurations; `gpu`: which of them serves how many rows;
+- `resources`: what they need of a GPU, from their machine code: `python -m bigint8_kernels.resources`;
 - `generic`: plain torch for every other device;
 - `dispatch`: which of them serves a device. The functions here are its own.
 """

@@ -1,11 +1,46 @@
-"""Which implementation serves which device. The functions here are all that a caller needs."""
+"""Which implementation serves which device. The functions here are all that a caller needs.
+
+| device | rows of X | activations | kernel |
+| --- | --- | --- | --- |
+| CPU | any | 16-bit | `cpu.linear_16bit`, from one row to many |
+| CPU | any; more than FEW_ROWS on a CPU without VNNI | int8 | `cpu.linear_int8` |
+| CPU with VNNI | more than FEW_ROWS | int8 | `cpu.linear_vnni` |
+| GPU 8.0 and newer | up to `gpu.MOST_GEMV_ROWS` | 16-bit | `triton_gemv`; one row by itself, more on tensor cores |
+| GPU 8.0 and newer | any | int8 | `triton_activations`, then `triton_matmul` with the tiles of `gpu_tiles` |
+| any other, and what is left | any | any | `generic` |
+"""
+
+import functools
+import importlib.util
+import warnings
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .gpu_tiles import OLDEST
 from .reference import Activations
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.cache
+def backend_of(device: torch.device) -> Literal["cpu", "triton", "torch"]:
+    """What serves a device. Says once for a GPU that Triton's kernels do not run on why they do not."""
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "torch"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < OLDEST:
+        reason = f"it has compute capability {major}.{minor}, and int8 dot products in Triton need {OLDEST / 10:.1f}"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed (pip install triton)"
+    else:
+        return "triton"
+    name = torch.cuda.get_device_name(device)
+    warnings.warn(f"{device} ({name}) runs int8 layers in plain torch, which is slower: {reason}", stacklevel=2)
+    return "torch"
 
 
 def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
@@ -28,10 +63,16 @@ def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
         raise ValueError(
             f"quantize_rows: source on {source_RK.device}, out on {out_RK.device}, scale on {scale_R.device}"
         )
-    if source_RK.device.type == "cpu":
+    backend = backend_of(source_RK.device)
+    if backend == "cpu":
         from . import cpu_weights
 
         return cpu_weights.quantize_rows(source_RK, out_RK, scale_R)
+    if backend == "triton":
+        from . import triton_weights
+
+        with torch.cuda.device(source_RK.device):
+            return triton_weights.quantize_rows(source_RK, out_RK, scale_R)
     from . import generic
 
     return generic.quantize_rows(source_RK, out_RK, scale_R)
@@ -116,11 +157,19 @@ def int8_linear(
     if not x.numel() or not scale_N.numel():
         y = x.new_zeros(*x.shape[:-1], len(scale_N))
         return y if bias_N is None else y + bias_N.to(x.dtype)
-    if device.type == "cpu":
+    backend = backend_of(device)
+    if backend == "cpu":
         from . import cpu
 
         return cpu.int8_linear(x, weight_NK, scale_N, bias_N, threshold, activations)
-    from . import generic
+    x_TK = x.detach().reshape(-1, x.shape[-1])
+    if backend == "triton":
+        from . import gpu
 
-    y_TN = generic.int8_linear(x.reshape(-1, x.shape[-1]), weight_NK, scale_N, bias_N, threshold, activations)
+        with torch.cuda.device(device):
+            y_TN = gpu.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, activations, gpu.gpu_of(device))
+    else:
+        from . import generic
+
+        y_TN = generic.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, activations)
     return y_TN.view(*x.shape[:-1], len(scale_N))

@@ -1,0 +1,71 @@
+"""The int8 linear layer on GPUs of compute capability 8.0 and newer: which kernel and tile for how many rows."""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from . import generic
+from .gpu_tiles import Architecture, architecture_of, gemv_tile, matmul_tiles, split_of
+from .reference import Activations, resolve_activations, round_to_16bit
+from .triton_activations import quantize_activations
+from .triton_gemv import int8_gemv
+from .triton_matmul import int8_matmul
+
+MOST_GEMV_ROWS = 64
+"""More rows of 16-bit X than this are multiplied by torch with slices of W in 16-bit: that moves 5 bytes a weight (1
+read, 2 written, 2 read), `int8_gemv` 1 for each 16 rows."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of a tile needs to know: the architecture and the number of SMs."""
+
+    architecture: Architecture
+    processors: int
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU of a CUDA device. Raises ValueError for one older than 8.0."""
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(architecture_of(properties.major, properties.minor), properties.multi_processor_count)
+
+
+def int8_linear(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    threshold: float,
+    activations: Activations,
+    gpu: Gpu,
+) -> Tensor:
+    """`reference.int8_linear` of X (T, K), in X's dtype (T, N)."""
+    x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
+    weight_NK, scale_N = weight_NK.contiguous(), scale_N.contiguous()
+    bias_N = None if bias_N is None else bias_N.contiguous()
+    is_float32 = x_TK.dtype == torch.float32
+    rows, features = x_TK.shape
+    outputs = weight_NK.shape[0]
+
+    def split(tile_rows: int, tile_outputs: int, depth: int) -> int:
+        programs = triton.cdiv(rows, tile_rows) * triton.cdiv(outputs, tile_outputs)
+        return split_of(programs, gpu.processors, features // depth)
+
+    if resolve_activations(activations, rows) == "16bit":
+        if rows > MOST_GEMV_ROWS:
+            return generic.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, "16bit")
+        vector = gemv_tile(rows, is_float32)
+        vector = replace(vector, split=split(vector.rows, vector.outputs, vector.depth))
+        return int8_gemv(round_to_16bit(x_TK), weight_NK, scale_N, bias_N, vector)
+    quantized = quantize_activations(x_TK, threshold)
+    tiles = matmul_tiles(gpu.architecture, rows, is_float32)
+    if triton.knobs.runtime.interpret:  # there is nothing to time
+        tiles = tiles[:1]
+    if len(tiles) == 1:
+        tiles = (replace(tiles[0], split=split(tiles[0].rows, tiles[0].outputs, tiles[0].depth)),)
+    q_TK, x_scale_T, outliers_C, count = quantized
+    return int8_matmul(q_TK, x_scale_T, x_TK, outliers_C, count, weight_NK, scale_N, bias_N, tiles)

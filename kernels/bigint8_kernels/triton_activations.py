@@ -1,0 +1,110 @@
+"""LLM.int8() activations on the GPU: outlier columns, row scales and int8 values, without a word to the host.
+
+    outlier[k] = any_t |x[t, k]| >= threshold
+    scale[t] = max over k not an outlier of |x[t, k]| / 127
+    q[t, k] = 0 if outlier[k] else round(x[t, k] / scale[t])
+
+Whether a column is an outlier is known only when all rows were seen, so there are two launches: one marks columns, one
+quantizes rows and, in a program of its own, lists the marked columns in ascending order. X is read twice, the second
+time from the L2 cache where it fits there (2048 tokens of 1024 features in 4 MB of float16). Traffic of the second
+launch per value: 2 bytes read (4 for float32), 1 written.
+
+Dimensions: T tokens, K features.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_numbers import EXACT, magnitude, magnitude_to_float32, round_to_int8, row_scale
+from .triton_weights import block_of
+
+MARK_ROWS, MARK_COLUMNS = 32, 128
+"""The tile of X in which one program of the first launch looks for outliers: 32 values for each of 128 threads."""
+
+LIST_BLOCK = 1024
+"""Columns that are listed at once."""
+
+
+@triton.jit(do_not_specialize=["rows", "threshold"])
+def mark_outliers_kernel(
+    x, marks, rows, columns, stride, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """Sets `marks` int8 (K,) to 1 where a column of `x` (T, K) has an outlier. All that write there write the same."""
+    t = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    k = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = (t < rows)[:, None] & (k < columns)[None, :]
+    values = tl.load(x + t.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0)
+    largest = tl.max(tl.abs(values.to(tl.float32)), axis=0)
+    tl.store(marks + k, tl.full((BLOCK_COLUMNS,), 1, tl.int8), mask=(largest >= threshold) & (k < columns))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def quantize_activations_kernel(
+    x, marks, out, scale, outliers, count, rows, columns, stride,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, LIST: tl.constexpr,
+):  # fmt: skip
+    """`out` int8 (T, K) and `scale` float32 (T,) of `x`; the last program lists the marked columns: `outliers` int32
+    (K,), of which the first `count` int32 (1,) are set. WIDE: rows may have more than BLOCK values."""
+    program = tl.program_id(0)
+    if program == rows:
+        found = 0
+        for start in range(0, columns, LIST):
+            k = start + tl.arange(0, LIST)
+            marked = tl.load(marks + k, mask=k < columns, other=0).to(tl.int32)
+            place = found + tl.cumsum(marked) - marked
+            tl.store(outliers + place, k, mask=marked > 0)
+            found += tl.sum(marked)
+        tl.store(count, found)
+    else:
+        row = program.to(tl.int64)
+        x += row * stride
+        out += row * columns
+        dtype: tl.constexpr = x.dtype.element_ty
+        k = tl.arange(0, BLOCK)
+        values = tl.load(x + k, mask=k < columns, other=0.0)
+        marked = tl.load(marks + k, mask=k < columns, other=0)
+        values = tl.where(marked > 0, 0.0, values)
+        largest = tl.max(magnitude(values))
+        if WIDE:
+            for start in range(BLOCK, columns, BLOCK):
+                more = tl.load(x + start + k, mask=start + k < columns, other=0.0)
+                marked = tl.load(marks + start + k, mask=start + k < columns, other=0)
+                largest = tl.maximum(largest, tl.max(tl.where(marked > 0, 0, magnitude(more))))
+        row_absmax_scale, inverse = row_scale(magnitude_to_float32(largest, dtype))
+        tl.store(scale + row, row_absmax_scale)
+        tl.store(out + k, round_to_int8(values.to(tl.float32) * inverse), mask=k < columns)
+        if WIDE:
+            for start in range(BLOCK, columns, BLOCK):
+                more = tl.load(x + start + k, mask=start + k < columns, other=0.0).to(tl.float32)
+                marked = tl.load(marks + start + k, mask=start + k < columns, other=0)
+                more = tl.where(marked > 0, 0.0, more)
+                tl.store(out + start + k, round_to_int8(more * inverse), mask=start + k < columns)
+
+
+def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.quantize_activations` bit for bit: int8 (T, K), float32 scales (T,), and the outlier columns.
+
+    These are int32 (K,), ascending, of which as many are set as the last result, int32 (1,), says. All stay on the
+    device. X's rows may be apart, its last dimension is contiguous. A threshold of 0 means no outliers.
+    """
+    rows, columns = x_TK.shape
+    device = x_TK.device
+    q_TK = torch.empty(rows, columns, dtype=torch.int8, device=device)
+    scale_T = torch.empty(rows, dtype=torch.float32, device=device)
+    marks_K = torch.zeros(columns, dtype=torch.int8, device=device)
+    outliers_K = torch.empty(columns, dtype=torch.int32, device=device)
+    count = torch.empty(1, dtype=torch.int32, device=device)
+    if threshold > 0:
+        grid = triton.cdiv(columns, MARK_COLUMNS), triton.cdiv(rows, MARK_ROWS)
+        mark_outliers_kernel[grid](
+            x_TK, marks_K, rows, columns, x_TK.stride(0), threshold,
+            BLOCK_ROWS=MARK_ROWS, BLOCK_COLUMNS=MARK_COLUMNS, num_warps=4,
+        )  # fmt: skip
+    block, warps = block_of(columns)
+    quantize_activations_kernel[(rows + 1,)](
+        x_TK, marks_K, q_TK, scale_T, outliers_K, count, rows, columns, x_TK.stride(0),
+        BLOCK=block, WIDE=columns > block, LIST=LIST_BLOCK, num_warps=warps, **EXACT,
+    )  # fmt: skip
+    return q_TK, scale_T, outliers_K, count

@@ -1,0 +1,117 @@
+"""Few rows of 16-bit activations times int8 weights on the GPU: a token, or a few.
+
+    Y[t, n] = sum_k X[t, k] W[n, k] * scale[n] + bias[n]
+
+The weights' bytes are the whole cost, so they are read once, 16 at a time, and become X's format in registers, exactly.
+X stays as it is: there is nothing to quantize, no outlier step, and nothing is lost. One row is multiplied by ordinary
+arithmetic in float32; several go through the tensor cores, whose smallest tile of 16 rows they share.
+
+Where the outputs alone would not fill the GPU, K is split over several programs: each writes its float32 sums to a
+place of its own, and a second kernel adds them in a fixed order, so that a result does not change from run to run.
+
+Dimensions: T tokens, K input features, N output features.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gpu_tiles import GemvTile
+from .triton_numbers import int8_to
+
+
+@triton.jit(do_not_specialize=["rows"])
+def int8_gemv_kernel(
+    x, w, w_scale, bias, y, parts, rows, outputs, features, x_stride,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile of Y, or with SPLIT > 1 its share of the sums, to `parts` float32 (SPLIT, T, N).
+
+    `x` (T, K), `w` int8 (N, K). BLOCK_T is 1 for a single row. WHOLE: K is a multiple of BLOCK_K * SPLIT.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    w_at = w + (n % outputs).to(tl.int64)[:, None] * features + k[None, :]
+    if BLOCK_T == 1:
+        x_at = x + tl.program_id(2).to(tl.int64) * x_stride + k
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for start in range(0, features, BLOCK_K * SPLIT):
+            if WHOLE:
+                w_NK, x_K = tl.load(w_at), tl.load(x_at)
+            else:
+                inside = start + k < features
+                w_NK = tl.load(w_at, mask=inside[None, :], other=0)
+                x_K = tl.load(x_at, mask=inside, other=0.0)
+            x_NK = tl.broadcast_to(x_K.to(tl.float32)[None, :], w_NK.shape)
+            products = tl.fma(int8_to(w_NK, tl.float32), x_NK, products)
+            w_at += BLOCK_K * SPLIT
+            x_at += BLOCK_K * SPLIT
+        sums = tl.sum(products, axis=1)[:, None]
+    else:
+        x_at = x + (t % rows).to(tl.int64)[None, :] * x_stride + k[:, None]
+        sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        for start in range(0, features, BLOCK_K * SPLIT):
+            if WHOLE:
+                w_NK, x_KT = tl.load(w_at), tl.load(x_at)
+            else:
+                inside = start + k < features
+                w_NK = tl.load(w_at, mask=inside[None, :], other=0)
+                x_KT = tl.load(x_at, mask=inside[:, None], other=0.0)
+            sums = tl.dot(int8_to(w_NK, x_KT.dtype), x_KT, sums, input_precision="ieee")
+            w_at += BLOCK_K * SPLIT
+            x_at += BLOCK_K * SPLIT
+    place = t.to(tl.int64)[None, :] * outputs + n[:, None]
+    inside_NT = (n < outputs)[:, None] & (t < rows)[None, :]
+    if SPLIT == 1:
+        sums *= tl.load(w_scale + n % outputs)[:, None]
+        if HAS_BIAS:
+            sums += tl.load(bias + n % outputs).to(tl.float32)[:, None]
+        tl.store(y + place, sums.to(y.dtype.element_ty), mask=inside_NT)
+    else:
+        tl.store(parts + tl.program_id(1).to(tl.int64) * rows * outputs + place, sums, mask=inside_NT)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_parts_kernel(
+    parts, w_scale, bias, y, rows, outputs, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """Part of a row of Y from `parts` float32 (SPLIT, T, N), added in ascending order."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.program_id(1).to(tl.int64) * outputs + n
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for part in range(SPLIT):
+        total += tl.load(parts + tl.cast(part, tl.int64) * rows * outputs + place, mask=n < outputs, other=0.0)
+    total *= tl.load(w_scale + n, mask=n < outputs, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=n < outputs)
+
+
+ADD_BLOCK = 512
+"""Outputs that one program of the second kernel adds up: 4 for each of 128 threads."""
+
+
+def int8_gemv(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, tile: GemvTile) -> Tensor:
+    """Y (T, N) in X's dtype, of X (T, K), rows maybe apart, in 16-bit or float32."""
+    rows, features = x_TK.shape
+    outputs = weight_NK.shape[0]
+    y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device)
+    split = tile.split
+    parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x_TK.device) if split > 1 else y_TN
+    bias = y_TN if bias_N is None else bias_N
+    grid = triton.cdiv(outputs, tile.outputs), split, triton.cdiv(rows, tile.rows)
+    int8_gemv_kernel[grid](
+        x_TK, weight_NK, scale_N, bias, y_TN, parts, rows, outputs, features, x_TK.stride(0),
+        BLOCK_T=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.depth, SPLIT=split,
+        WHOLE=features % (tile.depth * split) == 0, HAS_BIAS=bias_N is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if split > 1:
+        add_parts_kernel[(triton.cdiv(outputs, ADD_BLOCK), rows)](
+            parts, scale_N, bias, y_TN, rows, outputs,
+            BLOCK_N=ADD_BLOCK, SPLIT=split, HAS_BIAS=bias_N is not None, num_warps=4,
+        )  # fmt: skip
+    return y_TN

@@ -1,0 +1,175 @@
+"""LLM.int8() products on the GPU for prompts: int8 x int8 on tensor cores, the outlier columns in 16-bit, one store.
+
+    Y[t, n] = (scale_x[t] * sum_k Xq[t, k] W[n, k]  +  sum_{c outlier} X[t, c] W[n, c]) * scale_w[n] + bias[n]
+
+Xq is zero in the outlier columns, so the first sum runs over all of K without a gap. The second gathers the columns
+that `quantize_activations` listed, as many as its count says, which the kernel reads itself: nothing waits for the
+host. An int8 number is exact in float16, bfloat16 and float32, so the columns of W are dequantized by a conversion in
+registers, and the scale of W is multiplied into both sums at once.
+
+Where few programs would run, K is split over several: they add int32 sums, which give the same result in any order,
+into a workspace, and a second kernel does the rest.
+
+Dimensions: T tokens, K input features, N output features, C outlier columns.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gpu_tiles import MatmulTile, row_bucket
+from .triton_numbers import int8_to
+
+FINISH = MatmulTile(16, 128, 0, 4, 1)
+"""The tile of the kernel that finishes what was split: few rows, since only then K is."""
+
+
+@triton.jit
+def _tile_of(program, rows, outputs, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The tile of a program: GROUP tiles of rows side by side, so that neighbours in time read the same weights."""
+    tiles_t, tiles_n = tl.cdiv(rows, BLOCK_T), tl.cdiv(outputs, BLOCK_N)
+    group = program // (GROUP * tiles_n)
+    first = group * GROUP
+    height = min(tiles_t - first, GROUP)
+    within = program % (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _finish(
+    acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
+    HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The outlier part, both scales and the bias, and the store of a tile of Y."""
+    t_safe, n_safe = t % rows, n % outputs  # rows beyond the end read others', and are not stored
+    total = acc.to(tl.float32) * tl.load(x_scale + t_safe)[:, None]
+    found = tl.load(count)
+    x_rows = x + t_safe.to(tl.int64)[:, None] * x_stride
+    w_rows = w + n_safe.to(tl.int64)[:, None] * features
+    for start in range(0, found, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        column = tl.load(outliers + c, mask=c < found, other=0)
+        x_TC = tl.load(x_rows + column[None, :], mask=(c < found)[None, :], other=0.0)
+        w_NC = int8_to(tl.load(w_rows + column[None, :]), x_TC.dtype)
+        total = tl.dot(x_TC, tl.trans(w_NC), total, input_precision="ieee")
+    total *= tl.load(w_scale + n_safe)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + n_safe).to(tl.float32)[None, :]
+    inside = (t < rows)[:, None] & (n < outputs)[None, :]
+    tl.store(y + t.to(tl.int64)[:, None] * outputs + n[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "bucket"])
+def int8_matmul_kernel(
+    q, x, x_scale, w, w_scale, bias, outliers, count, y, sums, rows, outputs, features, x_stride, bucket,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile of Y, or with SPLIT > 1 its share of the sums, added to `sums` int32 (T, N).
+
+    `q` int8 (T, K) and `x` (T, K) are the activations, `w` int8 (N, K). WHOLE: K is a multiple of BLOCK_K * SPLIT.
+    `bucket` is only for tuning: what one number of rows was tuned for serves all in its bucket.
+    """
+    tile_t, tile_n = _tile_of(tl.program_id(0), rows, outputs, BLOCK_T, BLOCK_N, GROUP)
+    t, n = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    q_at = q + (t % rows).to(tl.int64)[:, None] * features + k[None, :]
+    w_at = w + (n % outputs).to(tl.int64)[:, None] * features + k[None, :]
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
+    for start in range(0, features, BLOCK_K * SPLIT):
+        if WHOLE:
+            q_TK, w_NK = tl.load(q_at), tl.load(w_at)
+        else:
+            inside = (start + k < features)[None, :]
+            q_TK, w_NK = tl.load(q_at, mask=inside, other=0), tl.load(w_at, mask=inside, other=0)
+        acc = tl.dot(q_TK, tl.trans(w_NK), acc, out_dtype=tl.int32)
+        q_at += BLOCK_K * SPLIT
+        w_at += BLOCK_K * SPLIT
+    if SPLIT == 1:
+        _finish(
+            acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
+            HAS_BIAS, BLOCK_C,
+        )  # fmt: skip
+    else:
+        inside = (t < rows)[:, None] & (n < outputs)[None, :]
+        place = t.to(tl.int64)[:, None] * outputs + n[None, :]
+        tl.atomic_add(sums + place, acc, mask=inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_matmul_kernel(
+    x, x_scale, w, w_scale, bias, outliers, count, y, sums, rows, outputs, features, x_stride,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile of Y from `sums` int32 (T, N), where K was split."""
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (t < rows)[:, None] & (n < outputs)[None, :]
+    acc = tl.load(sums + t.to(tl.int64)[:, None] * outputs + n[None, :], mask=inside, other=0)
+    _finish(
+        acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
+        HAS_BIAS, BLOCK_C,
+    )  # fmt: skip
+
+
+@functools.cache
+def _tuned(tiles: tuple[MatmulTile, ...]):
+    """The kernel with the fastest of these tiles, tried once for each shape and kept on disk with Triton's cache."""
+    whole = triton.heuristics({"WHOLE": lambda given: given["features"] % given["BLOCK_K"] == 0})(int8_matmul_kernel)
+    configs = [triton.Config(_constants(tile), num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
+    return triton.autotune(configs, key=["bucket", "outputs", "features"], cache_results=True)(whole)
+
+
+def _constants(tile: MatmulTile) -> dict[str, int]:
+    return {
+        "BLOCK_T": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": tile.depth, "BLOCK_C": tile.outliers,
+        "GROUP": tile.group, "SPLIT": tile.split,
+    }  # fmt: skip
+
+
+def int8_matmul(
+    q_TK: Tensor,
+    x_scale_T: Tensor,
+    x_TK: Tensor,
+    outliers_C: Tensor,
+    count: Tensor,
+    weight_NK: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    tiles: tuple[MatmulTile, ...],
+) -> Tensor:
+    """Y (T, N) in X's dtype, of what `triton_activations.quantize_activations` gave for X (T, K), rows maybe apart.
+
+    One tile is used as it is; of several, which do not split K, the fastest on this GPU.
+    """
+    rows, features = q_TK.shape
+    outputs = weight_NK.shape[0]
+    y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device)
+    split = tiles[0].split
+    sums = torch.zeros(rows, outputs, dtype=torch.int32, device=x_TK.device) if split > 1 else y_TN
+    bias = y_TN if bias_N is None else bias_N
+    sizes = rows, outputs, features, x_TK.stride(0)
+    pointers = q_TK, x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums
+    has_bias = bias_N is not None
+
+    def grid(chosen: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(rows, chosen["BLOCK_T"]) * triton.cdiv(outputs, chosen["BLOCK_N"]), chosen["SPLIT"]
+
+    if len(tiles) > 1:
+        _tuned(tiles)[grid](*pointers, *sizes, row_bucket(rows), HAS_BIAS=has_bias)
+        return y_TN
+    (tile,) = tiles
+    int8_matmul_kernel[grid](
+        *pointers, *sizes, row_bucket(rows), **_constants(tile), WHOLE=features % (tile.depth * split) == 0,
+        HAS_BIAS=has_bias, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if split > 1:
+        finish_matmul_kernel[triton.cdiv(outputs, FINISH.outputs), triton.cdiv(rows, FINISH.rows)](
+            x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums, *sizes,
+            BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers, HAS_BIAS=has_bias,
+            num_warps=FINISH.warps, num_stages=FINISH.stages,
+        )  # fmt: skip
+    return y_TN
