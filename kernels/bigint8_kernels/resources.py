@@ -1,0 +1,268 @@
+"""What the GPU kernels need of a GPU: compiled to machine code for each architecture, on any machine, and read.
+
+python -m bigint8_kernels.resources [--architecture 86]... [--json FILE]
+
+The triton wheel brings what compiles (ptxas) and what reads the result (cuobjdump, nvdisasm). Registers and memory are
+the assembler's own figures, occupancy is computed from them; nothing here is measured.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import triton_activations, triton_gemv, triton_matmul, triton_weights
+from .gpu_tiles import (
+    ARCHITECTURES,
+    FEW_ROW_TILES,
+    FLOAT32_GEMV_TILE,
+    GEMV_TILES,
+    MATMUL_TILES,
+    GemvTile,
+    MatmulTile,
+    matmul_tiles,
+)
+from .triton_numbers import EXACT
+
+FLOATS = ("fp16", "bf16", "fp32")
+REGISTERS, WARP = 65536, 32
+REGISTER_UNIT = 256
+"""Registers are given to a warp in such units."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with one choice of everything that is compiled into it. `weights` is how many int8 weights of W a
+    warp multiplies in a step of the inner loop, 0 for kernels that have none."""
+
+    kernel: str
+    capability: int
+    dtype: str
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+    label: str
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of a variant: registers and bytes of local memory (spills) a thread, bytes of shared memory and blocks an SM.
+
+    `instructions` counts each opcode, with its width, in the machine code; `loop` in the loop that loads and
+    multiplies; `products` are the matrix instructions of the PTX.
+    """
+
+    variant: Variant
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    blocks: int
+    occupancy: float
+    instructions: dict[str, int] = field(repr=False)
+    loop: dict[str, int] = field(repr=False)
+    products: list[str]
+
+    @property
+    def instructions_per_weight(self) -> float:
+        """Instructions of a thread in the loop for each weight that it multiplies, 0 without a loop."""
+        return sum(self.loop.values()) * WARP / self.variant.weights if self.variant.weights else 0.0
+
+
+KERNELS: dict[str, Any] = {
+    "quantize_rows": triton_weights.quantize_rows_kernel,
+    "mark_outliers": triton_activations.mark_outliers_kernel,
+    "quantize_activations": triton_activations.quantize_activations_kernel,
+    "int8_matmul": triton_matmul.int8_matmul_kernel,
+    "finish_matmul": triton_matmul.finish_matmul_kernel,
+    "int8_gemv": triton_gemv.int8_gemv_kernel,
+    "add_parts": triton_gemv.add_parts_kernel,
+}
+
+INT8, INT32, FLOAT32 = "*i8", "*i32", "*fp32"
+POINTERS = {
+    "source": "*{dtype}", "x": "*{dtype}", "y": "*{dtype}", "bias": "*{dtype}", "out": INT8, "q": INT8, "w": INT8,
+    "marks": INT8, "scale": FLOAT32, "x_scale": FLOAT32, "w_scale": FLOAT32, "parts": FLOAT32, "bad": INT32,
+    "outliers": INT32, "count": INT32, "sums": INT32,
+}  # fmt: skip
+
+
+def variants(capability: int) -> Iterator[Variant]:
+    """All that dispatch can choose on this architecture, for weights whose width is a multiple of 16."""
+    for dtype in FLOATS:
+        for block, warps in triton_weights.BLOCKS.items():
+            for wide in (False, True) if block == max(triton_weights.BLOCKS) else (False,):
+                chosen = (("BLOCK", block), ("WIDE", wide))
+                label = f"{block}{' and more' if wide else ''}"
+                yield Variant("quantize_rows", capability, dtype, chosen, warps, 3, label)
+                listed = (*chosen, ("LIST", triton_activations.LIST_BLOCK))
+                yield Variant("quantize_activations", capability, dtype, listed, warps, 3, label)
+        marks = (("BLOCK_ROWS", triton_activations.MARK_ROWS), ("BLOCK_COLUMNS", triton_activations.MARK_COLUMNS))
+        yield Variant("mark_outliers", capability, dtype, marks, 4, 3, "")
+        architecture = ARCHITECTURES[capability]
+        is_float32 = dtype == "fp32"
+        tiles = {tile for rows in (*FEW_ROW_TILES, 2048) for tile in matmul_tiles(architecture, rows, is_float32)}
+        for tile in sorted(tiles, key=lambda tile: (tile.rows, tile.outputs)):
+            yield from _matmul_variants(capability, dtype, tile)
+        for gemv in (GEMV_TILES[1], FLOAT32_GEMV_TILE if is_float32 else GEMV_TILES[16]):
+            yield from _gemv_variants(capability, dtype, gemv)
+        add = (("BLOCK_N", triton_gemv.ADD_BLOCK), ("SPLIT", 8), ("HAS_BIAS", True))
+        yield Variant("add_parts", capability, dtype, add, 4, 3, "8 parts")
+
+
+def _matmul_variants(capability: int, dtype: str, tile: MatmulTile) -> Iterator[Variant]:
+    tuned = tile in (*MATMUL_TILES["99 KB"], *MATMUL_TILES["163 KB"])
+    for split in (1,) if tuned else (1, 8):
+        chosen = (
+            ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth), ("BLOCK_C", tile.outliers),
+            ("GROUP", tile.group), ("SPLIT", split), ("WHOLE", True), ("HAS_BIAS", True),
+        )  # fmt: skip
+        label = f"{tile.rows} x {tile.outputs} x {tile.depth}, {'K whole' if split == 1 else 'K split'}"
+        weights = tile.outputs * tile.depth // tile.warps
+        yield Variant("int8_matmul", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
+    finish = triton_matmul.FINISH
+    last = (("BLOCK_T", finish.rows), ("BLOCK_N", finish.outputs), ("BLOCK_C", finish.outliers), ("HAS_BIAS", True))
+    yield Variant("finish_matmul", capability, dtype, last, finish.warps, 1, f"{finish.rows} x {finish.outputs}")
+
+
+def _gemv_variants(capability: int, dtype: str, tile: GemvTile) -> Iterator[Variant]:
+    for split in (1, 8):
+        chosen = (
+            ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth), ("SPLIT", split),
+            ("WHOLE", True), ("HAS_BIAS", True),
+        )  # fmt: skip
+        label = f"{tile.rows} x {tile.outputs} x {tile.depth}, {'K whole' if split == 1 else 'K split'}"
+        weights = tile.outputs * tile.depth // tile.warps
+        yield Variant("int8_gemv", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
+
+
+def compile_variant(variant: Variant) -> Any:
+    """The compiled kernel, for pointers and sizes that are multiples of 16. Raises what triton raises."""
+    kernel = KERNELS[variant.kernel]
+    constants = dict(variant.constants)
+    signature, attributes = {}, {}
+    unspecialized = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "threshold":
+            signature[name] = "fp32"
+        else:
+            signature[name] = POINTERS[name].format(dtype=variant.dtype) if name in POINTERS else "i32"
+            if name not in unspecialized:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", variant.capability, WARP)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
+    if variant.kernel.startswith("quantize"):
+        options |= EXACT
+    return triton.compile(source, target=target, options=options)
+
+
+def resources_of(variant: Variant) -> Resources:
+    """Compile a variant and read its machine code."""
+    compiled = compile_variant(variant)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        listing = _tool("nvdisasm", "-c", file.name)
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    # dynamic shared memory is asked for at the launch; what is declared in the code comes to it
+    shared = int(compiled.metadata.shared)
+    architecture = ARCHITECTURES[variant.capability]
+    lines = _instructions(listing)
+    per_warp = -(-found["REG"] * WARP // REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = REGISTERS // (per_warp * variant.warps)
+    by_threads = architecture.threads // (WARP * variant.warps)
+    # a KB of each block's shared memory is the system's
+    by_shared = (architecture.shared_bytes + 1024) // (shared + 1024)
+    blocks = min(by_registers, by_threads, by_shared)
+    return Resources(
+        variant, found["REG"], found["LOCAL"] + found["STACK"], shared, blocks,
+        blocks * WARP * variant.warps / architecture.threads, _count(lines), _count(_inner_loop(lines)),
+        sorted(set(re.findall(r"\b(?:wg)?mma\S*", compiled.asm["ptx"]))),
+    )  # fmt: skip
+
+
+def _tool(name: str, *arguments: str) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _instructions(listing: str) -> list[tuple[int, str, int | None]]:
+    """(address, opcode, target of a branch) of each instruction."""
+    labels: dict[str, int] = {}
+    pending: list[str] = []
+    parsed: list[tuple[int, str, str | None]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\w+):", line.strip()):
+            pending.append(label[1])
+        elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            address = int(found[1], 16)
+            labels |= dict.fromkeys(pending, address)
+            pending.clear()
+            branch = re.search(r"`\((\.L_x_\w+)\)", found[3])
+            parsed.append((address, found[2], branch[1] if branch else None))
+    return [(address, opcode, labels.get(branch) if branch else None) for address, opcode, branch in parsed]
+
+
+def _inner_loop(lines: Sequence[tuple[int, str, int | None]]) -> list[tuple[int, str, int | None]]:
+    """The instructions of the first of the shortest loops that multiply what they load, none if there is none."""
+    loops = []
+    for address, opcode, target in lines:
+        if opcode.startswith("BRA") and target is not None and target < address:
+            body = [line for line in lines if target <= line[0] <= address]
+            loads = any(line[1].startswith(("LDG", "LDGSTS", "UBLKCP", "UTMALDG")) for line in body)
+            products = any(re.match(r"[IHQ]G?MMA|FFMA", line[1]) for line in body)
+            if loads and products:
+                loops.append(body)
+    return loops[0] if loops else []
+
+
+def _count(lines: Sequence[tuple[int, str, int | None]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for _, opcode, _ in lines:
+        counts[opcode] = counts.get(opcode, 0) + 1
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", type=int, action="append", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--kernel", action="append", choices=sorted(KERNELS))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    wanted = [
+        variant
+        for capability in arguments.architecture or sorted(ARCHITECTURES)
+        for variant in dict.fromkeys(variants(capability))
+        if not arguments.kernel or variant.kernel in arguments.kernel
+    ]
+    with ProcessPoolExecutor() as pool:
+        results = list(pool.map(resources_of, wanted))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(result) for result in results]) + "\n")
+    heads = f"{'registers':>9}{'local':>6}{'shared':>8}{'blocks':>7}{'occ.':>6}{'instr./weight':>14}"
+    print(f"{'kernel':21}{'sm':>4} {'X':5}{'tile':32}{heads}")
+    for result in results:
+        v = result.variant
+        print(
+            f"{v.kernel:21}{v.capability:4} {v.dtype:5}{v.label:32}{result.registers:9}{result.local_bytes:6}"
+            f"{result.shared_bytes:8}{result.blocks:7}{result.occupancy:6.0%}"
+            + (f"{result.instructions_per_weight:14.1f}" if v.weights else "")
+        )
+
+
+if __name__ == "__main__":
+    main()

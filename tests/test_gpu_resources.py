@@ -1,0 +1,113 @@
+"""The GPU kernels as machine code: every configuration that can be chosen, for every architecture."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from bigint8_kernels.gpu_tiles import (
+    ARCHITECTURES,
+    FEW_ROW_TILES,
+    MATMUL_TILES,
+    architecture_of,
+    matmul_tiles,
+    split_of,
+)
+
+MULTIPLIERS = ("int8_matmul", "int8_gemv")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `python -m bigint8_kernels.resources` reports, in another process: in this one, kernels are interpreted."""
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bigint8_kernels.resources", "--json", str(folder / "resources.json")]
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads((folder / "resources.json").read_text())
+
+
+def named(found: dict[str, Any]) -> str:
+    variant = found["variant"]
+    return f"{variant['kernel']} {variant['dtype']} {variant['label']} on sm_{variant['capability']}"
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    pairs = {(found["variant"]["kernel"], found["variant"]["capability"]) for found in compiled}
+    kernels = {
+        "quantize_rows", "mark_outliers", "quantize_activations", "int8_matmul", "finish_matmul", "int8_gemv",
+        "add_parts",
+    }  # fmt: skip
+    assert pairs == {(kernel, capability) for kernel in kernels for capability in ARCHITECTURES}
+
+
+def test_nothing_spills(compiled):
+    assert [named(found) for found in compiled if found["local_bytes"]] == []
+
+
+def test_shared_memory_is_what_the_architecture_has(compiled):
+    for found in compiled:
+        assert found["shared_bytes"] <= ARCHITECTURES[found["variant"]["capability"]].shared_bytes, named(found)
+        assert found["blocks"] >= 1, named(found)
+
+
+def test_the_matmul_multiplies_int8_on_tensor_cores(compiled):
+    for found in compiled:
+        if found["variant"]["kernel"] == "int8_matmul":
+            assert any(re.search(r"s32\.s8\.s8", name) for name in found["products"]), named(found)
+            assert any(re.match(r"I(G)?MMA", opcode) for opcode in found["loop"]), named(found)
+
+
+def test_weights_are_loaded_128_bits_at_a_time(compiled):
+    for found in compiled:
+        if found["variant"]["kernel"] in MULTIPLIERS:
+            loads = {name for name in found["loop"] if name.startswith(("LDG", "LDGSTS"))}
+            assert any(name.endswith(".128") or ".128." in name for name in loads), named(found)
+            assert not any(name.endswith((".U8", ".S8")) for name in loads), named(found)
+
+
+def test_rows_are_loaded_and_stored_in_wide_pieces(compiled):
+    for found in compiled:
+        if found["variant"]["kernel"] == "quantize_rows":
+            names = set(found["instructions"])
+            assert any(name.startswith("LDG") and ".128" in name for name in names), named(found)
+            assert not any(name.startswith("STG") and name.endswith(".U8") for name in names), named(found)
+
+
+def test_int8_becomes_float_without_conversion_instructions(compiled):
+    for found in compiled:
+        if found["variant"]["kernel"] == "int8_gemv":
+            assert not any(name.startswith("I2F") for name in found["loop"]), named(found)
+
+
+def test_the_tiles_are_those_of_their_arithmetic():
+    for name, tiles in MATMUL_TILES.items():
+        limit = int(name.split()[0]) * 1024
+        assert all(tile.shared_bytes <= limit for tile in tiles)
+    for most, tile in FEW_ROW_TILES.items():
+        assert tile.rows == most and tile.shared_bytes <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 0), 80), ((8, 6), 86), ((8, 7), 86), ((8, 9), 89), ((10, 0), 90), ((12, 1), 120)]
+)
+def test_a_gpu_gets_the_tiles_of_the_newest_architecture_that_it_runs(capability, expected):
+    assert architecture_of(*capability).capability == expected
+    assert matmul_tiles(architecture_of(*capability), 2048)
+
+
+def test_a_gpu_older_than_8_0_is_refused():
+    with pytest.raises(ValueError, match=r"7\.5.*8\.0"):
+        architecture_of(7, 5)
+
+
+def test_k_is_split_only_as_far_as_the_gpu_needs_and_k_allows():
+    assert split_of(1000, 82, 24) == 1
+    assert split_of(64, 82, 24) == 4
+    assert split_of(1, 82, 100) == 8
+    assert split_of(1, 82, 3) == 1
