@@ -1,0 +1,115 @@
+"""The self-test on this machine's CPU: what it prints, and that it notices a kernel that is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from bigint8_kernels import cpu, cpu_weights, dispatch
+
+from bigint8 import doctor
+from bigint8.command import run_command
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """The command line in this process, on a small layer: exit code, what it prints, its errors and its findings."""
+    monkeypatch.setattr(doctor, "LAYERS", {"small": (130, 70)})
+    monkeypatch.setattr(doctor, "COPY_BYTES", 2**23)
+    monkeypatch.setattr(doctor, "measurements", lambda device: iter([("memory, torch.sum", lambda: "9 GB/s")]))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments):
+        file = tmp_path / "findings.json"
+        monkeypatch.setattr(
+            sys, "argv", ["doctor", "--device", "cpu", "--folder", str(tmp_path), "--json", str(file), *arguments]
+        )
+        with pytest.raises(SystemExit) as ended:
+            run_command(doctor.app)
+        out, error = capsys.readouterr()
+        return ended.value.code or 0, out, error, json.loads(file.read_text())["findings"]
+
+    return command
+
+
+def test_on_a_healthy_machine_every_kernel_is_good_and_it_exits_with_0(run):
+    code, out, error, findings = run()
+    assert (code, error) == (0, "")
+    assert "Every kernel computes what it should." in out
+    assert {finding["verdict"] for finding in findings} == {"good", "measured"}
+    named = " ".join(finding["what"] for finding in findings)
+    for kernel in (
+        "quantize_rows",
+        "copy_values",
+        "int8_linear, 16bit",
+        "int8_linear, int8",
+        "float_linear",
+        "read past",
+    ):
+        assert kernel in named
+    assert not any("not measured" in finding["result"] for finding in findings)
+
+
+def wrong_product(monkeypatch):
+    right = cpu.linear_16bit
+    monkeypatch.setattr(cpu, "linear_16bit", lambda *tensors: right(*tensors) * 1.01)
+
+
+def wrong_rounding(monkeypatch):
+    right = cpu_weights.quantize_rows
+
+    def quantize_rows(source, out, scale):
+        finite = right(source, out, scale)
+        out[0, 0] += 1
+        return finite
+
+    monkeypatch.setattr(cpu_weights, "quantize_rows", quantize_rows)
+
+
+def blind_to_nan(monkeypatch):
+    right = cpu_weights.quantize_rows
+    monkeypatch.setattr(cpu_weights, "quantize_rows", lambda *tensors: right(*tensors) or True)
+
+
+def crashing(monkeypatch):
+    def float_linear(*tensors):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(doctor, "float_linear", float_linear)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kernel", "said"),
+    [
+        (wrong_product, "int8_linear, 16bit, float32", "off by"),
+        (wrong_rounding, "quantize_rows, float16", "differs from the reference"),
+        (blind_to_nan, "quantize_rows, bfloat16", "NaN"),
+        (crashing, "float_linear", "illegal memory access"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_named_and_it_exits_with_1(run, monkeypatch, damage, kernel, said):
+    damage(monkeypatch)
+    code, out, error, findings = run()
+    assert code == 1
+    lines = [line for line in error.splitlines() if line.startswith("wrong: ")]
+    assert any(kernel in line and said in line for line in lines)
+    assert "WRONG" in out and "Every kernel" not in out
+    assert [f["what"] for f in findings if f["verdict"] == "WRONG"] == [line.split(": ")[2] for line in lines]
+
+
+def test_a_peer_that_fails_is_no_fault_of_ours():
+    def fails():
+        raise OSError("no such library")
+
+    finding = doctor._measured("cpu", "a peer", fails)
+    assert finding.verdict == "measured" and "not measured" in finding.result and "no such library" in finding.result
+
+
+def test_without_a_gpu_it_says_so_and_cuda_is_an_error(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = [sys.executable, "-m", "bigint8.doctor", "--device", "cuda"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "no CUDA GPU was found" in result.stderr
+    assert dispatch.backend_of(torch.device("cpu")) == "cpu"
