@@ -1,10 +1,6 @@
 """The GPU kernels as machine code: every configuration that can be chosen, for every architecture."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,18 +14,6 @@ from bigint8_kernels.gpu_tiles import (
 )
 
 MULTIPLIERS = ("int8_matmul", "int8_gemv")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What `python -m bigint8_kernels.resources` reports, in another process: in this one, kernels are interpreted."""
-    folder = tmp_path_factory.mktemp("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bigint8_kernels.resources", "--json", str(folder / "resources.json")]
-    environment["TRITON_CACHE_DIR"] = str(folder)
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads((folder / "resources.json").read_text())
 
 
 def named(found: dict[str, Any]) -> str:
