@@ -219,7 +219,10 @@ def keep_16bit_tables(skeleton: Skeleton, stored: Mapping[str, str]) -> None:
 def _table_names(skeleton: Skeleton) -> list[str]:
     """The token embeddings and the head."""
     model = skeleton.model
-    embeddings = model.get_input_embeddings()
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # a model of its own kind, with its own code
+        embeddings = None
     return [name for name, m in model.named_modules() if m is embeddings or (skeleton.head and name == skeleton.head)]
 
 
