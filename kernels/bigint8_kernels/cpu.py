@@ -20,7 +20,7 @@ from torch import Tensor
 from .cpu_product import multiply, multiply_parallel
 from .cpu_weights import row_scale
 from .numba_bits import float32_at, int8_at, magnitude, magnitude_to_float32, round_to_int8, round_to_int16
-from .reference import BLOCK, FEW_ROWS, LARGEST_INT16, SMALLEST_ABSMAX, Activations, resolve_activations
+from .reference import BLOCK, FEW_ROWS, LARGEST_INT16, SMALLEST_BLOCK_ABSMAX, Activations, resolve_activations
 
 PARALLEL_VALUES = 2**20
 """Kernels over fewer values run on one thread: at some 20 values a nanosecond they take less time than it takes to
@@ -110,7 +110,7 @@ def _to_int16(x_TK, q_TK, scale_TB, start, stop):
                 if m > largest:
                     largest = m
             absmax = magnitude_to_float32(largest, x_TK[t, 0])
-            tiny = absmax < np.float32(SMALLEST_ABSMAX)
+            tiny = absmax < np.float32(SMALLEST_BLOCK_ABSMAX)
             inverse = np.float32(0.0) if tiny else np.float32(LARGEST_INT16) / absmax
             scale_TB[t, b] = np.float32(0.0) if tiny else absmax / np.float32(LARGEST_INT16)
             for k in range(x.shape[0]):

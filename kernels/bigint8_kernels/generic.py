@@ -70,4 +70,6 @@ def int8_linear(
         rows = slice(start, min(start + step, n))
         w_SK = (weight_NK[rows] * scale_N[rows, None]).to(x_TK.dtype)
         y_TN[:, rows] = x_TK @ w_SK.T
-    return y_TN if bias_N is None else y_TN + bias_N
+    if bias_N is not None:
+        y_TN += bias_N  # in place, so that Y keeps X's dtype
+    return y_TN

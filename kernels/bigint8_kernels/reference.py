@@ -28,6 +28,9 @@ LARGEST_INT16 = 32767
 SMALLEST_ABSMAX = 2.0**-120
 """A row whose absmax is smaller counts as zeros: 127 / absmax would overflow float32."""
 
+SMALLEST_BLOCK_ABSMAX = 2.0**-112
+"""The same of a block that is rounded to int16, for 32767 / absmax."""
+
 
 def quantize_rows(w_RK: Tensor) -> tuple[Tensor, Tensor]:
     """Vector-wise absmax quantization of each row of `w_RK` (rows, K), any float dtype.
@@ -74,7 +77,7 @@ def round_to_16bit(x_TK: Tensor) -> Tensor:
 
 def _round_block(x_TB: Tensor) -> Tensor:
     absmax_T = x_TB.abs().amax(dim=1, keepdim=True)
-    inverse_T = torch.where(absmax_T < SMALLEST_ABSMAX, 0.0, LARGEST_INT16 / absmax_T)
+    inverse_T = torch.where(absmax_T < SMALLEST_BLOCK_ABSMAX, 0.0, LARGEST_INT16 / absmax_T)
     return torch.round(x_TB * inverse_T) * (absmax_T / LARGEST_INT16)
 
 

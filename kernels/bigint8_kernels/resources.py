@@ -100,13 +100,13 @@ POINTERS = {
 def variants(capability: int) -> Iterator[Variant]:
     """All that dispatch can choose on this architecture, for weights whose width is a multiple of 16."""
     for dtype in FLOATS:
-        for block, warps in triton_weights.BLOCKS.items():
-            for wide in (False, True) if block == max(triton_weights.BLOCKS) else (False,):
-                chosen = (("BLOCK", block), ("WIDE", wide))
-                label = f"{block}{' and more' if wide else ''}"
-                yield Variant("quantize_rows", capability, dtype, chosen, warps, 3, label)
-                listed = (*chosen, ("LIST", triton_activations.LIST_BLOCK))
-                yield Variant("quantize_activations", capability, dtype, listed, warps, 3, label)
+        for width in triton_weights.BLOCKS:
+            block, warps, wide = triton_weights.block_of(width)
+            chosen = (("BLOCK", block), ("WIDE", wide))
+            label = f"{block}{' and more' if wide else ''}"
+            yield Variant("quantize_rows", capability, dtype, chosen, warps, 3, label)
+            listed = (*chosen, ("LIST", triton_activations.LIST_BLOCK))
+            yield Variant("quantize_activations", capability, dtype, listed, warps, 3, label)
         marks = (("BLOCK_ROWS", triton_activations.MARK_ROWS), ("BLOCK_COLUMNS", triton_activations.MARK_COLUMNS))
         yield Variant("mark_outliers", capability, dtype, marks, 4, 3, "")
         architecture = ARCHITECTURES[capability]
@@ -122,12 +122,13 @@ def variants(capability: int) -> Iterator[Variant]:
 
 def _matmul_variants(capability: int, dtype: str, tile: MatmulTile) -> Iterator[Variant]:
     tuned = tile in (*MATMUL_TILES["99 KB"], *MATMUL_TILES["163 KB"])
-    for split in (1,) if tuned else (1, 8):
+    for split, whole in ((1, True), (1, False)) if tuned else ((1, True), (8, False)):
         chosen = (
             ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth), ("BLOCK_C", tile.outliers),
-            ("GROUP", tile.group), ("SPLIT", split), ("WHOLE", True), ("HAS_BIAS", True),
+            ("GROUP", tile.group), ("SPLIT", split), ("WHOLE", whole), ("HAS_BIAS", whole),
         )  # fmt: skip
-        label = f"{tile.rows} x {tile.outputs} x {tile.depth}, {'K whole' if split == 1 else 'K split'}"
+        how = "K whole" if whole else "K split" if split > 1 else "K masked"
+        label = f"{tile.rows} x {tile.outputs} x {tile.depth}, {how}"
         weights = tile.outputs * tile.depth // tile.warps
         yield Variant("int8_matmul", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
     finish = triton_matmul.FINISH
@@ -139,7 +140,7 @@ def _gemv_variants(capability: int, dtype: str, tile: GemvTile) -> Iterator[Vari
     for split in (1, 8):
         chosen = (
             ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth), ("SPLIT", split),
-            ("WHOLE", True), ("HAS_BIAS", True),
+            ("WHOLE", split == 1), ("HAS_BIAS", split == 1),
         )  # fmt: skip
         label = f"{tile.rows} x {tile.outputs} x {tile.depth}, {'K whole' if split == 1 else 'K split'}"
         weights = tile.outputs * tile.depth // tile.warps

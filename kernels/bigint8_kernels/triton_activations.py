@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_numbers import EXACT, magnitude, magnitude_to_float32, round_to_int8, row_scale
+from .triton_numbers import EXACT, FUSED, magnitude, magnitude_to_float32, round_to_int8, row_scale
 from .triton_weights import block_of
 
 MARK_ROWS, MARK_COLUMNS = 32, 128
@@ -100,11 +100,11 @@ def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor
         grid = triton.cdiv(columns, MARK_COLUMNS), triton.cdiv(rows, MARK_ROWS)
         mark_outliers_kernel[grid](
             x_TK, marks_K, rows, columns, x_TK.stride(0), threshold,
-            BLOCK_ROWS=MARK_ROWS, BLOCK_COLUMNS=MARK_COLUMNS, num_warps=4,
+            BLOCK_ROWS=MARK_ROWS, BLOCK_COLUMNS=MARK_COLUMNS, num_warps=4, **FUSED,
         )  # fmt: skip
-    block, warps = block_of(columns)
+    block, warps, wide = block_of(columns)
     quantize_activations_kernel[(rows + 1,)](
         x_TK, marks_K, q_TK, scale_T, outliers_K, count, rows, columns, x_TK.stride(0),
-        BLOCK=block, WIDE=columns > block, LIST=LIST_BLOCK, num_warps=warps, **EXACT,
+        BLOCK=block, WIDE=wide, LIST=LIST_BLOCK, num_warps=warps, **EXACT,
     )  # fmt: skip
     return q_TK, scale_T, outliers_K, count

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu_tiles import GemvTile
-from .triton_numbers import int8_to
+from .triton_numbers import FUSED, int8_to
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -107,11 +107,11 @@ def int8_gemv(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor |
         x_TK, weight_NK, scale_N, bias, y_TN, parts, rows, outputs, features, x_TK.stride(0),
         BLOCK_T=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.depth, SPLIT=split,
         WHOLE=features % (tile.depth * split) == 0, HAS_BIAS=bias_N is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if split > 1:
         add_parts_kernel[(triton.cdiv(outputs, ADD_BLOCK), rows)](
             parts, scale_N, bias, y_TN, rows, outputs,
-            BLOCK_N=ADD_BLOCK, SPLIT=split, HAS_BIAS=bias_N is not None, num_warps=4,
+            BLOCK_N=ADD_BLOCK, SPLIT=split, HAS_BIAS=bias_N is not None, num_warps=4, **FUSED,
         )  # fmt: skip
     return y_TN

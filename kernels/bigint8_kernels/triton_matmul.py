@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu_tiles import MatmulTile, row_bucket
-from .triton_numbers import int8_to
+from .triton_numbers import FUSED, int8_to
 
 FINISH = MatmulTile(16, 128, 0, 4, 1)
 """The tile of the kernel that finishes what was split: few rows, since only then K is."""
@@ -159,17 +159,20 @@ def int8_matmul(
         return triton.cdiv(rows, chosen["BLOCK_T"]) * triton.cdiv(outputs, chosen["BLOCK_N"]), chosen["SPLIT"]
 
     if len(tiles) > 1:
-        _tuned(tiles)[grid](*pointers, *sizes, row_bucket(rows), HAS_BIAS=has_bias)
-        return y_TN
+        try:
+            _tuned(tiles)[grid](*pointers, *sizes, row_bucket(rows), HAS_BIAS=has_bias, **FUSED)
+            return y_TN
+        except torch.OutOfMemoryError:  # to time tiles, Triton takes 256 MiB, which a full GPU may not have
+            tiles = tiles[:1]
     (tile,) = tiles
     int8_matmul_kernel[grid](
         *pointers, *sizes, row_bucket(rows), **_constants(tile), WHOLE=features % (tile.depth * split) == 0,
-        HAS_BIAS=has_bias, num_warps=tile.warps, num_stages=tile.stages,
+        HAS_BIAS=has_bias, num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if split > 1:
         finish_matmul_kernel[triton.cdiv(outputs, FINISH.outputs), triton.cdiv(rows, FINISH.rows)](
             x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums, *sizes,
             BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers, HAS_BIAS=has_bias,
-            num_warps=FINISH.warps, num_stages=FINISH.stages,
+            num_warps=FINISH.warps, num_stages=FINISH.stages, **FUSED,
         )  # fmt: skip
     return y_TN

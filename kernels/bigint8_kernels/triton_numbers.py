@@ -12,6 +12,9 @@ from .reference import SMALLEST_ABSMAX
 EXACT = {"enable_fp_fusion": False}
 """Options of a launch whose products are rounded before they are added to."""
 
+FUSED = {"enable_fp_fusion": True}
+"""Options of a launch whose products need not be."""
+
 _SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 

@@ -58,29 +58,32 @@ def quantize_rows_kernel(
             tl.store(out + start + k, round_to_int8(x * inverse), mask=start + k < columns)
 
 
-def block_of(columns: int) -> tuple[int, int]:
-    """The block for rows of this width, and its number of warps."""
-    return next(((block, warps) for block, warps in BLOCKS.items() if columns <= block), (max(BLOCKS), 32))
+def block_of(columns: int) -> tuple[int, int, bool]:
+    """The block for rows of this width, its number of warps, and whether a row may have more values than that."""
+    largest = max(BLOCKS)
+    block = next((block for block in BLOCKS if columns <= block), largest)
+    return block, BLOCKS[block], block == largest
 
 
 def quantize_rows_into(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor, bad: Tensor) -> None:
     """Quantize rows in place; `bad` int32 (1,) counts NaN and infinite values, on the device: nothing waits for it.
 
-    All last dimensions are contiguous. A row with such a value gets scale and values 0.
+    The last dimension of `out_RK` is contiguous. A row with such a value gets scale and values 0.
     """
     rows, columns = source_RK.shape
-    if not rows:
+    if not rows or not columns:
+        scale_R.zero_()
         return
-    block, warps = block_of(columns)
+    source_RK = source_RK if source_RK.stride(1) == 1 else source_RK.contiguous()  # a transposed weight
+    block, warps, wide = block_of(columns)
     quantize_rows_kernel[(rows,)](
         source_RK, out_RK, scale_R, bad, columns, source_RK.stride(0), out_RK.stride(0),
-        BLOCK=block, WIDE=columns > block, num_warps=warps, **EXACT,
+        BLOCK=block, WIDE=wide, num_warps=warps, **EXACT,
     )  # fmt: skip
 
 
 def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
     """`reference.quantize_rows` bit for bit, in place. False if a value is NaN or infinite, which waits for the GPU."""
     bad = torch.zeros(1, dtype=torch.int32, device=source_RK.device)
-    source_RK = source_RK if source_RK.stride(1) == 1 else source_RK.contiguous()  # a transposed weight
     quantize_rows_into(source_RK, out_RK, scale_R, bad)
     return not int(bad)
