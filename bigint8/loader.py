@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .config import Int8Config
 from .errors import BigInt8Error, CheckpointError, PlanError
 from .families import family_of
+from .gpu_writer import GpuWriter
 from .hardware import available_memory
 from .memory import HostMemory, MappedFiles, aligned
 from .placement import new_offload_folder, resolve_device_map
@@ -27,7 +28,7 @@ from .save import save_int8
 from .sources import find_source
 from .stage import Skeleton, Slot, StageModel, build_skeleton, keep_16bit_tables
 from .stored_int8 import stored_threshold
-from .stream import BUFFER_BYTES, PINNED_BUFFER_BYTES, TORCH_DTYPES, RowStream
+from .stream import BUFFER_BYTES, PINNED_BUFFER_BYTES, TORCH_DTYPES, Chunk, RowStream
 from .transfer import Step, Transfer, match_tensors, name_tensors, store, stored_dtype, unused_tensors
 
 OnProgress = Callable[[int, int], None]
@@ -226,10 +227,16 @@ def _fill(
     stream = transfer_stream(copied, device_bytes.get("cpu", 0), on_gpu)
     total = sum(transfer.tensor.nbytes for transfer in copied)
     by_tensor = {transfer.tensor.name: transfer for transfer in copied}
-    stream.run(
-        lambda chunk: store(by_tensor[chunk.tensor.name], chunk),
-        None if on_progress is None else lambda done: on_progress(done, total),
-    )
+    writers = {device: GpuWriter(device) for device in device_bytes if device.startswith("cuda")}
+
+    def write(chunk: Chunk) -> None:
+        transfer = by_tensor[chunk.tensor.name]
+        writer = writers.get(devices[transfer.slot.name])
+        (store if writer is None else writer.store)(transfer, chunk)
+
+    stream.run(write, None if on_progress is None else lambda done: on_progress(done, total))
+    for writer in writers.values():
+        writer.finish()
     return LoadReport(
         seconds=time.perf_counter() - started,
         bytes_read=stream.bytes_read,

@@ -108,7 +108,7 @@ def put_rows(transfer: Transfer, chunk: Chunk, out: Tensor, scale_R: Tensor | No
             out.copy_(data)
         case Step.SCALES:
             if not absmax_to_scales(data.to(out.device), out):
-                raise _damaged(chunk, "a scale that is negative, NaN or infinite")
+                raise damaged(chunk, "a scale that is negative, NaN or infinite")
         case Step.FORMAT:
             if (stored := int(data)) != ROWS_AS_THEY_ARE:
                 raise CheckpointError(
@@ -119,31 +119,34 @@ def put_rows(transfer: Transfer, chunk: Chunk, out: Tensor, scale_R: Tensor | No
             assert scale_R is not None
             data = data.to(out.device)
             if not quantize_rows(data.T if transfer.slot.transposed else data, out, scale_R):
-                raise _damaged(chunk, "NaN or infinity")
+                raise damaged(chunk, "NaN or infinity")
         case Step.COPY:
             finite, fits = copy_values(data.to(out.device), out)
             if not finite:
-                raise _damaged(chunk, "NaN or infinity")
+                raise damaged(chunk, "NaN or infinity")
             if not fits:
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {tensor.name!r} holds values too large for {out.dtype}; load with "
-                    "dtype='float32' or 'bfloat16'"
-                )
+                raise too_large(transfer, out.dtype)
 
 
-def store(transfer: Transfer, chunk: Chunk) -> None:
-    """Bring a chunk of rows into its slot's memory."""
+def place_of(transfer: Transfer, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+    """Where a chunk of rows goes in the slot's memory, or in its scales for `Step.SCALES`; the scales of these rows
+    besides, where the slot is int8."""
     module = transfer.slot.module
     weight: Tensor = getattr(module, transfer.slot.attribute).data
     rows = slice(None) if transfer.whole else slice(chunk.row_start, chunk.row_stop)
     scale = module.scale if transfer.slot.is_int8 else None
+    assert scale is None or isinstance(scale, Tensor)
     if transfer.step is Step.SCALES:
-        assert isinstance(scale, Tensor)
-        put_rows(transfer, chunk, scale[rows], None)
-    elif transfer.step is Step.FORMAT:
-        put_rows(transfer, chunk, weight, None)
-    else:
-        put_rows(transfer, chunk, weight[rows] if weight.ndim else weight, scale[rows] if scale is not None else None)  # type: ignore[index]
+        assert scale is not None
+        return scale[rows], None
+    if transfer.step is Step.FORMAT:
+        return weight, None
+    return weight[rows] if weight.ndim else weight, None if scale is None else scale[rows]
+
+
+def store(transfer: Transfer, chunk: Chunk) -> None:
+    """Bring a chunk of rows into its slot's memory."""
+    put_rows(transfer, chunk, *place_of(transfer, chunk))
 
 
 def convert(transfer: Transfer, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -202,7 +205,17 @@ def _check_shape(tensor: TensorInfo, expected: tuple[int, ...]) -> None:
         )
 
 
-def _damaged(chunk: Chunk, what: str) -> CheckpointError:
+def too_large(transfer: Transfer, dtype: torch.dtype | None = None) -> CheckpointError:
+    """The error for values that do not fit the dtype they are stored in, that of the slot if none is given."""
+    tensor = transfer.tensor
+    return CheckpointError(
+        f"{tensor.file}: tensor {tensor.name!r} holds values too large for {dtype or transfer.slot.dtype}; load with "
+        "dtype='float32' or 'bfloat16'"
+    )
+
+
+def damaged(chunk: Chunk, what: str) -> CheckpointError:
+    """The error for a chunk that holds what no weight does."""
     return CheckpointError(
         f"{chunk.tensor.file}: tensor {chunk.tensor.name!r} holds {what} in rows {chunk.row_start} to "
         f"{chunk.row_stop - 1}; the checkpoint is damaged, download it again"

@@ -6,7 +6,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from bigint8_kernels import copy_values, cpu, float_linear, generic, int8_linear, quantize_rows, reference
+from bigint8_kernels import (
+    copy_values,
+    cpu,
+    float_linear,
+    generic,
+    int8_linear,
+    quantize_rows,
+    quantize_rows_counting,
+    reference,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,6 +105,18 @@ def test_16_bit_activations_are_rounded_as_defined(shape, outliers, parallel):
     assert (y != expected).sum() <= 1 + y.numel() // 1000  # a tie may fall to the other side
 
 
+def test_the_smallest_activations_stay_finite():
+    """32767 divided by the absmax of a block must not overflow."""
+    weight, scale = random_weight(4, 64, seed=0)
+    for absmax in (1e-36, 2.0**-112, 1e-33, 1e-30):
+        x = torch.randn(2, 64).clamp(-1, 1) * absmax
+        assert torch.isfinite(reference.round_to_16bit(x)).all()
+        y = int8_linear(x, weight, scale, None, 6.0, "16bit")
+        assert torch.isfinite(y).all()
+        expected = reference.int8_linear(x, weight, scale, None, 6.0, "16bit", torch.float64)
+        assert (y.double() - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 def test_16_bit_floats_are_16_bit_as_they_are():
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.randn(3, 700).to(dtype)
@@ -152,6 +173,13 @@ def test_the_plain_torch_path_equals_the_definition(shape, dtype, outliers, acti
     x = random_activations(t, k, dtype, outliers, seed=n)
     y = generic.int8_linear(x, weight, scale, None, 6.0, activations)
     assert_close(y, reference.int8_linear(x, weight, scale, None, 6.0, activations, torch.float64), dtype)
+
+
+def test_a_bias_of_another_dtype_does_not_change_that_of_the_result():
+    weight, scale = random_weight(4, 8, seed=0)
+    for product in (int8_linear, generic.int8_linear):
+        y = product(torch.randn(3, 8).half(), weight, scale, torch.ones(4), 6.0, "16bit")
+        assert y.dtype == torch.float16
 
 
 def test_a_weight_larger_than_one_slice_is_multiplied_whole(monkeypatch):
@@ -292,6 +320,19 @@ def test_weights_equal_those_of_bitsandbytes(dtype):
     difference = (out.int() - theirs.int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).sum() <= w.numel() / 10_000
+
+
+def test_bad_values_can_be_counted_instead_of_told():
+    w, bad = torch.randn(10, 24).half(), torch.tensor([5], dtype=torch.int32)
+    out, scale = torch.zeros(10, 24, dtype=torch.int8), torch.zeros(10)
+    quantize_rows_counting(w, out, scale, bad)
+    q_expected, scale_expected = reference.quantize_rows(w)
+    assert torch.equal(out, q_expected) and torch.equal(scale, scale_expected) and int(bad) == 5
+    w[3, 4] = float("inf")
+    quantize_rows_counting(w, out, scale, bad)
+    assert int(bad) == 6
+    with pytest.raises(TypeError, match="int32"):
+        quantize_rows_counting(w.int(), out, scale, bad)
 
 
 def test_rows_go_into_a_slice_of_a_larger_weight():

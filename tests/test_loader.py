@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SIX_FAMILIES, SIZES, save_tiny, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from bigint8 import Int8Config, Int8Linear, PlanError, load_sharded_int8, make_int8_linear
+from bigint8 import CheckpointError, Int8Config, Int8Linear, PlanError, load_sharded_int8, make_int8_linear
 from bigint8.checkpoint import open_checkpoint
 from bigint8.linear import is_linear
 from bigint8.placement import follow_devices
@@ -259,3 +259,41 @@ def test_a_padded_batch_gives_what_its_prompts_give_alone(kind, tmp_path):
     batch = model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(batch[0, 5:], greedy(model, long[None], 6)[0, 5:])
     assert torch.equal(batch[1, 5:], greedy(model, short[None], 6)[0, 2:])
+
+
+# --- on a GPU, where there is one --------------------------------------------------------------------------------
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", SIX_FAMILIES)
+def test_a_gpu_holds_what_the_cpu_would(kind, stored, tmp_path):
+    save_tiny(kind, True, tmp_path, stored)
+    ours, expected = (
+        load(tmp_path, device_map="cuda:0", dtype="float16"),
+        load(tmp_path, device_map="cpu", dtype="float16"),
+    )
+    theirs = expected.state_dict()
+    assert ours.state_dict().keys() == theirs.keys()
+    for name, tensor in ours.state_dict().items():
+        assert tensor.is_cuda and torch.equal(tensor.cpu(), theirs[name]), name
+    with torch.no_grad():
+        logits = expected(PROMPT).logits.float()
+        assert (ours(PROMPT.cuda()).logits.cpu().float() - logits).abs().max() < 0.02 * logits.abs().max()
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN or infinity"), (1e6, "too large for")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_gpu_notices_values_that_no_weight_has(name, value, said, tmp_path):
+    save_tiny("llama", False, tmp_path / "a", torch.float32, shard="10GB")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    if value == 1e6 and name.endswith("up_proj.weight"):
+        load(tmp_path / "a", device_map="cuda:0", dtype="float16")  # int8 holds it
+        return
+    with pytest.raises(CheckpointError, match=said):
+        load(tmp_path / "a", device_map="cuda:0", dtype="float16")

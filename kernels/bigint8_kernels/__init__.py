@@ -13,7 +13,15 @@ Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
 - `dispatch`: which of them serves a device. The functions here are its own.
 """
 
-from .dispatch import copy_values, float_linear, int8_linear, quantize_rows
+from .dispatch import copy_values, float_linear, int8_linear, quantize_rows, quantize_rows_counting
 from .reference import FEW_ROWS, Activations
 
-__all__ = ["FEW_ROWS", "Activations", "copy_values", "float_linear", "int8_linear", "quantize_rows"]
+__all__ = [
+    "FEW_ROWS",
+    "Activations",
+    "copy_values",
+    "float_linear",
+    "int8_linear",
+    "quantize_rows",
+    "quantize_rows_counting",
+]

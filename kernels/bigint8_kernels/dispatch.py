@@ -12,6 +12,7 @@
 
 import functools
 import importlib.util
+import threading
 import warnings
 from typing import Literal
 
@@ -22,6 +23,9 @@ from .gpu_tiles import OLDEST
 from .reference import Activations
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Triton prepares and tunes a kernel when it is first launched, which two threads must not do at once.
+_launching = threading.Lock()
 
 
 @functools.cache
@@ -50,6 +54,23 @@ def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
     one device. Returns False if a value is NaN or infinite, in which case the results mean nothing.
     Bit for bit the values of `reference.quantize_rows`. Raises TypeError and ValueError for wrong dtypes and shapes.
     """
+    _check_rows(source_RK, out_RK, scale_R)
+    backend = backend_of(source_RK.device)
+    if backend == "cpu":
+        from . import cpu_weights
+
+        return cpu_weights.quantize_rows(source_RK, out_RK, scale_R)
+    if backend == "triton":
+        from . import triton_weights
+
+        with torch.cuda.device(source_RK.device), _launching:
+            return triton_weights.quantize_rows(source_RK, out_RK, scale_R)
+    from . import generic
+
+    return generic.quantize_rows(source_RK, out_RK, scale_R)
+
+
+def _check_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> None:
     if source_RK.dtype not in SOURCE_DTYPES:
         raise TypeError(f"quantize_rows reads float16, bfloat16 and float32, not {source_RK.dtype}")
     if out_RK.dtype != torch.int8 or scale_R.dtype != torch.float32:
@@ -63,19 +84,21 @@ def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
         raise ValueError(
             f"quantize_rows: source on {source_RK.device}, out on {out_RK.device}, scale on {scale_R.device}"
         )
-    backend = backend_of(source_RK.device)
-    if backend == "cpu":
-        from . import cpu_weights
 
-        return cpu_weights.quantize_rows(source_RK, out_RK, scale_R)
-    if backend == "triton":
+
+def quantize_rows_counting(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor, bad: Tensor) -> None:
+    """`quantize_rows` that adds the number of NaN and infinite values, or of rows with one, to `bad` int32 (1,).
+
+    `bad` is on the same device, so that nothing has to wait for a GPU. Takes and raises what `quantize_rows` does.
+    """
+    if backend_of(source_RK.device) == "triton":
         from . import triton_weights
 
-        with torch.cuda.device(source_RK.device):
-            return triton_weights.quantize_rows(source_RK, out_RK, scale_R)
-    from . import generic
-
-    return generic.quantize_rows(source_RK, out_RK, scale_R)
+        _check_rows(source_RK, out_RK, scale_R)
+        with torch.cuda.device(source_RK.device), _launching:
+            triton_weights.quantize_rows_into(source_RK, out_RK, scale_R, bad)
+    else:
+        bad += not quantize_rows(source_RK, out_RK, scale_R)
 
 
 def copy_values(source: Tensor, out: Tensor) -> tuple[bool, bool]:
@@ -166,7 +189,7 @@ def int8_linear(
     if backend == "triton":
         from . import gpu
 
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _launching:
             y_TN = gpu.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, activations, gpu.gpu_of(device))
     else:
         from . import generic
