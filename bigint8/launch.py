@@ -67,7 +67,8 @@ def launch(
     console = Console(highlight=False)
     result: dict[str, Any] = {"model": model}
     source = find_source(model, checkpoint, revision, fetch=not plan_only)
-    layout = layout_of(source.config(trust_remote_code), int8_head, dtype_of_source(source))
+    config = source.config(trust_remote_code)
+    layout = layout_of(config, int8_head, dtype_of_source(source))
     context = context or min(DEFAULT_CONTEXT, layout.max_context or DEFAULT_CONTEXT)
     if plan_only or source.folder is None:
         devices, note = devices_to_plan_for(
@@ -93,7 +94,7 @@ def launch(
 
     started = time.perf_counter()
     stored = stored_dtype(open_checkpoint(source.folder, trust_remote_code))
-    layout = layout_of(source.config(trust_remote_code), int8_head, stored)
+    layout = layout_of(config, int8_head, stored)
     tokenizer = _tokenizer(source.folder, trust_remote_code)
     encoded = [_encode(tokenizer, text, context) for text in prompt or []]  # a prompt too long is told before loading
     count, kind = gpus, device.value

@@ -8,7 +8,27 @@ from bigint8_kernels.reference import Activations
 from torch import Tensor, nn
 
 
-class Int8Linear(nn.Module):
+class KeepsItsDtype(nn.Module):
+    """A module of which one buffer, named by `kept`, stays in its dtype under `.half()`, `.float()` and the like.
+
+    Its `dtype`, if it has one, is that of its results, and follows them.
+    """
+
+    kept: str
+    dtype: torch.dtype | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsItsDtype":
+        before: Tensor = getattr(self, self.kept)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after: Tensor = getattr(self, self.kept)
+        if after.dtype != before.dtype:
+            setattr(self, self.kept, before.to(after.device))
+        if self.dtype is not None:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+
+class Int8Linear(KeepsItsDtype):
     """`Y = X W^T + b` with W in int8: `W ~ weight * scale[:, None]`. For inference only.
 
     weight: int8 (out_features, in_features); scale: float32 (out_features,); bias: (out_features,) or None.
@@ -16,6 +36,7 @@ class Int8Linear(nn.Module):
     See `bigint8_kernels.reference` for the arithmetic (LLM.int8(), Dettmers et al. 2022).
     """
 
+    kept = "scale"
     weight: nn.Parameter
     scale: Tensor
 
@@ -45,14 +66,6 @@ class Int8Linear(nn.Module):
             raise RuntimeError("Int8Linear is for inference: it has no gradient; run it under torch.no_grad()")
         return int8_linear(x, self.weight, self.scale, self.bias, self.threshold, self.activations)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
-        """Moves with `.to(device)`; keeps its scales in float32 under `.half()` and the like."""
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
-        return self
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -60,13 +73,14 @@ class Int8Linear(nn.Module):
         )
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(KeepsItsDtype):
     """Token embeddings in int8, row by row: `E ~ weight * scale[:, None]`. For inference only.
 
     weight: int8 (num_embeddings, embedding_dim); scale: float32 (num_embeddings,). Token ids (...) become
     (..., embedding_dim) in `dtype`. Shares weight and scale with an Int8Linear where the output head is tied to it.
     """
 
+    kept = "scale"
     weight: nn.Parameter
     scale: Tensor
 
@@ -86,15 +100,6 @@ class Int8Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return (self.weight[ids] * self.scale[ids].unsqueeze(-1)).to(self.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Embedding":
-        """Moves with `.to(device)`; `.half()` and the like change `dtype`, not the scales."""
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

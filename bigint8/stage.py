@@ -221,7 +221,7 @@ def _table_names(skeleton: Skeleton) -> list[str]:
     model = skeleton.model
     try:
         embeddings = model.get_input_embeddings()
-    except NotImplementedError:  # a model of its own kind, with its own code
+    except NotImplementedError:  # what transformers raises for a model whose embeddings it cannot find
         embeddings = None
     return [name for name, m in model.named_modules() if m is embeddings or (skeleton.head and name == skeleton.head)]
 

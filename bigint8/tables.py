@@ -4,32 +4,22 @@ float32: the same results at half the bytes, which can be those of a mapped file
 The weight is a buffer, not a parameter, so that transformers still takes the model's dtype to be float32.
 """
 
-from collections.abc import Callable
-
 import torch
 from bigint8_kernels import float_linear
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-class _Table(nn.Module):
-    """A 16-bit float weight that `.half()`, `.float()` and the like leave as it is."""
-
-    weight: Tensor
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Table":
-        weight = self.weight
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.dtype != weight.dtype:
-            self.weight = weight.to(self.weight.device)
-        return self
+from .linear import KeepsItsDtype
 
 
-class Embedding16bit(_Table):
+class Embedding16bit(KeepsItsDtype):
     """Token embeddings: ids (...) become (..., embedding_dim) in `dtype`. For inference only.
 
     weight: float16 or bfloat16 (num_embeddings, embedding_dim).
     """
+
+    kept = "weight"
+    weight: Tensor
 
     def __init__(self, embedding: nn.Embedding, stored: torch.dtype) -> None:
         """Of an embedding's shape and dtype, values not set; `stored` is the weight's dtype."""
@@ -41,20 +31,18 @@ class Embedding16bit(_Table):
     def forward(self, ids: Tensor) -> Tensor:
         return functional.embedding(ids, self.weight).to(self.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Embedding16bit":
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.weight.dtype}"
 
 
-class Linear16bit(_Table):
+class Linear16bit(KeepsItsDtype):
     """`Y = X W^T + b`, computed in float32. For inference only.
 
     weight: float16 or bfloat16 (out_features, in_features); bias: (out_features,) or None; Y has X's dtype.
     """
+
+    kept = "weight"
+    weight: Tensor
 
     def __init__(self, linear: nn.Linear, stored: torch.dtype) -> None:
         """Of a linear layer's shape, with its bias, values not set; `stored` is the weight's dtype."""

@@ -8,12 +8,14 @@ import torch
 from bigint8_kernels import reference
 from safetensors.torch import load_file, save_file
 from tiny import SIX_FAMILIES, SIZES, save_tiny, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bigint8 import CheckpointError, Int8Config, Int8Linear, PlanError, load_sharded_int8, make_int8_linear
 from bigint8.checkpoint import open_checkpoint
 from bigint8.linear import is_linear
 from bigint8.placement import follow_devices
+from bigint8.stage import Skeleton, Slot, keep_16bit_tables
+from bigint8.tables import Linear16bit
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
 
@@ -175,6 +177,22 @@ def test_embeddings_that_do_more_than_look_up_take_the_models_dtype(tmp_path):
     with torch.no_grad():
         expected, logits = original.float().eval()(PROMPT).logits, model(PROMPT).logits
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_model_whose_embeddings_transformers_cannot_find_keeps_its_head_16_bit():
+    class Headed(PreTrainedModel):
+        def __init__(self):
+            super().__init__(PretrainedConfig())
+            self.first, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 9)
+
+    model = Headed()
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    slot = Slot("head.weight", model.head, "weight", (9, 4))
+    skeleton = Skeleton(model, {"head.weight": slot}, {}, "head")
+    keep_16bit_tables(skeleton, {"head.weight": "F16"})
+    assert isinstance(model.head, Linear16bit) and slot.module is model.head and slot.dtype == torch.float16
+    assert type(model.first) is torch.nn.Linear
 
 
 def test_settings_reach_every_layer(tmp_path):
