@@ -26,9 +26,28 @@ def _dot(x_K, w_K):
     return total
 
 
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _four_dots(x_K, w0_K, w1_K, w2_K, w3_K):
+    y0 = y1 = y2 = y3 = np.float32(0.0)
+    for k in range(x_K.shape[0]):
+        x = x_K[k]
+        y0 += x * to_float32(w0_K[k])
+        y1 += x * to_float32(w1_K[k])
+        y2 += x * to_float32(w2_K[k])
+        y3 += x * to_float32(w3_K[k])
+    return y0, y1, y2, y3
+
+
 @njit(nogil=True, cache=True)
 def _multiply(x_TK, w_NK, y_TN, start, stop):
-    for n in range(start, stop):
+    """Four rows at once, a quarter of them all apart: long streams, as in `cpu_product.multiply`."""
+    apart = (stop - start) // 4
+    for n in range(start, start + apart):
+        n1, n2, n3 = n + apart, n + 2 * apart, n + 3 * apart
+        for t in range(x_TK.shape[0]):
+            y0, y1, y2, y3 = _four_dots(x_TK[t], w_NK[n], w_NK[n1], w_NK[n2], w_NK[n3])
+            y_TN[t, n], y_TN[t, n1], y_TN[t, n2], y_TN[t, n3] = y0, y1, y2, y3
+    for n in range(start + 4 * apart, stop):
         for t in range(x_TK.shape[0]):
             y_TN[t, n] = _dot(x_TK[t], w_NK[n])
 

@@ -29,6 +29,10 @@ SLICE_BYTES = 2**17
 """Size of the slice of the weight that all tokens are multiplied with before the next: it stays in a core's cache."""
 
 
+PREFETCH_BYTES = 512
+"""How far ahead of where it reads a row a tile asks for weights."""
+
+
 def make_tile(tokens: int, rows: int):
     """A numba function of tokens x rows dot products.
 
@@ -85,6 +89,7 @@ def _codegen(tokens, rows):
         before = builder.block
         blocks, inner, after, end = (builder.append_basic_block(n) for n in ("blocks", "inner", "after", "end"))
         one, per_block = ir.Constant(index, 1), ir.Constant(index, BLOCK // STEP)
+        distance, to_read_soon = ir.Constant(index, PREFETCH_BYTES), [ir.Constant(i32, value) for value in (0, 3, 1)]
         builder.cbranch(builder.icmp_signed(">", steps, ir.Constant(index, 0)), blocks, end)
 
         builder.position_at_end(blocks)
@@ -108,10 +113,8 @@ def _codegen(tokens, rows):
         added = [None] * (tokens * rows)
         for r in range(rows):
             narrow = load(w, builder.add(builder.mul(w_stride, ir.Constant(index, r)), k), ir.IntType(8), STEP, 1)
-            if tokens == 1:  # the CPU waits for memory, and does not guess by itself where the next rows begin
-                next_rows = builder.add(builder.mul(w_stride, ir.Constant(index, rows + r)), k)
-                to_read_soon = [ir.Constant(i32, value) for value in (0, 3, 1)]
-                builder.call(prefetch, [builder.gep(w, [next_rows]), *to_read_soon])
+            ahead = builder.add(builder.mul(w_stride, ir.Constant(index, r)), builder.add(k, distance))
+            builder.call(prefetch, [builder.gep(w, [ahead]), *to_read_soon])
             weights = builder.sext(narrow, ir.VectorType(i16, STEP))
             for t in range(tokens):
                 i = t * rows + r
@@ -172,43 +175,54 @@ _tile_1x4, _tile_1x1 = make_tile(1, 4), make_tile(1, 1)
 
 @njit(nogil=True, cache=True)
 def multiply(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, start, stop):
-    """Y = X W^T * scale (+ bias, unless that is empty) for the output features from start to stop."""
+    """Y = X W^T * scale (+ bias, unless that is empty) for the output features from start to stop.
+
+    The rows of a tile lie far apart, so that each is read on from where the tile before stopped: several long streams,
+    which the CPU fetches ahead by itself. Rows side by side are as many short ones, which it does not.
+    """
     tokens, features = x_TK.shape
     blocks = x_scale_TB.shape[1]
     steps = features // STEP
     out = np.empty(8, np.float32)
-    slice_rows = max(8, SLICE_BYTES // max(1, features))
+    once = tokens // 4 + tokens % 4 == 1
+    slice_rows = max(1, stop - start) if once else max(8, SLICE_BYTES // max(1, features))
     for first in range(start, stop, slice_rows):
         last = min(first + slice_rows, stop)
         t = 0
         while t < tokens:
-            count = 4 if t + 4 <= tokens else 1
             x, x_scale = _pointer(x_TK, t * features), _pointer(x_scale_TB, t * blocks)
-            n = first
-            while n < last:
+            count, rows = (4, 2) if t + 4 <= tokens else (1, 4)
+            apart = (last - first) // rows
+            for n in range(first, first + apart):
                 w = _pointer(w_NK, n * features)
-                if count == 4 and n + 2 <= last:
-                    rows = 2
-                    _tile_4x2(x, features, x_scale, blocks, w, features, steps, _pointer(out, 0))
-                elif count == 4:
-                    rows = 1
-                    _tile_4x1(x, features, x_scale, blocks, w, features, steps, _pointer(out, 0))
-                elif n + 4 <= last:
-                    rows = 4
-                    _tile_1x4(x, features, x_scale, blocks, w, features, steps, _pointer(out, 0))
+                if count == 4:
+                    _tile_4x2(x, features, x_scale, blocks, w, apart * features, steps, _pointer(out, 0))
                 else:
-                    rows = 1
+                    _tile_1x4(x, features, x_scale, blocks, w, apart * features, steps, _pointer(out, 0))
+                _finish(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, out, t, count, n, rows, apart)
+            for n in range(first + rows * apart, last):
+                w = _pointer(w_NK, n * features)
+                if count == 4:
+                    _tile_4x1(x, features, x_scale, blocks, w, features, steps, _pointer(out, 0))
+                else:
                     _tile_1x1(x, features, x_scale, blocks, w, features, steps, _pointer(out, 0))
-                for i in range(count):
-                    for j in range(rows):
-                        y = out[i * rows + j]
-                        for k in range(steps * STEP, features):
-                            value = np.float32(x_TK[t + i, k]) * np.float32(w_NK[n + j, k])
-                            y += value * x_scale_TB[t + i, k // BLOCK]
-                        y *= scale_N[n + j]
-                        y_TN[t + i, n + j] = y + bias_N[n + j] if bias_N.shape[0] else y
-                n += rows
+                _finish(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, out, t, count, n, 1, 1)
             t += count
+
+
+@njit(nogil=True, cache=True)
+def _finish(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, sums, token, tokens, row, rows, apart):
+    """Values of a tile into Y: what no step took of K, the scales and the bias."""
+    features = x_TK.shape[1]
+    for i in range(tokens):
+        t = token + i
+        for j in range(rows):
+            n = row + j * apart
+            y = sums[i * rows + j]
+            for k in range(features // STEP * STEP, features):
+                y += np.float32(x_TK[t, k]) * np.float32(w_NK[n, k]) * x_scale_TB[t, k // BLOCK]
+            y *= scale_N[n]
+            y_TN[t, n] = y + bias_N[n] if bias_N.shape[0] else y
 
 
 @njit(parallel=True, nogil=True, cache=True)
