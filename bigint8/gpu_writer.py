@@ -32,6 +32,8 @@ class GpuWriter:
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
         self._copies, self._work = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+        # the memory that is written to may still be read or filled by what was launched before
+        self._work.wait_stream(torch.cuda.current_stream(self._device))
         self._counts: list[_Count] = []
         self._lock = threading.Lock()
 

@@ -19,6 +19,11 @@ MOST_GEMV_ROWS = 64
 read, 2 written, 2 read), `int8_gemv` 1 for each 16 rows."""
 
 
+ALIGNMENT = 16
+"""Triton compiles kernels apart for addresses (in bytes) and strides (in values) that are no multiples of this, without
+wide loads. A small X is copied rather than read so; W's width decides over its own rows."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What the choice of a tile needs to know: the architecture and the number of SMs."""
@@ -44,7 +49,8 @@ def int8_linear(
     gpu: Gpu,
 ) -> Tensor:
     """`reference.int8_linear` of X (T, K), in X's dtype (T, N)."""
-    x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
+    if x_TK.stride(1) != 1 or x_TK.stride(0) % ALIGNMENT or x_TK.data_ptr() % ALIGNMENT:
+        x_TK = x_TK.clone(memory_format=torch.contiguous_format)
     weight_NK, scale_N = weight_NK.contiguous(), scale_N.contiguous()
     bias_N = None if bias_N is None else bias_N.contiguous()
     is_float32 = x_TK.dtype == torch.float32

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .gpu_tiles import (
     FLOAT32_GEMV_TILE,
     GEMV_TILES,
     MATMUL_TILES,
+    MOST_SPLITS,
     GemvTile,
     MatmulTile,
     matmul_tiles,
@@ -116,35 +118,38 @@ def variants(capability: int) -> Iterator[Variant]:
             yield from _matmul_variants(capability, dtype, tile)
         for gemv in (GEMV_TILES[1], FLOAT32_GEMV_TILE if is_float32 else GEMV_TILES[16]):
             yield from _gemv_variants(capability, dtype, gemv)
-        add = (("BLOCK_N", triton_gemv.ADD_BLOCK), ("SPLIT", 8), ("HAS_BIAS", True))
-        yield Variant("add_parts", capability, dtype, add, 4, 3, "8 parts")
+        add = (("BLOCK_N", triton_gemv.ADD_BLOCK), ("MOST", MOST_SPLITS))
+        yield Variant("add_parts", capability, dtype, add, 4, 3, f"up to {MOST_SPLITS} parts")
 
 
 def _matmul_variants(capability: int, dtype: str, tile: MatmulTile) -> Iterator[Variant]:
     tuned = tile in (*MATMUL_TILES["99 KB"], *MATMUL_TILES["163 KB"])
-    for split, whole in ((1, True), (1, False)) if tuned else ((1, True), (8, False)):
+    weights = tile.outputs * tile.depth // tile.warps
+    for split, whole in product((False,) if tuned else (False, True), (True, False)):
         chosen = (
             ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth), ("BLOCK_C", tile.outliers),
-            ("GROUP", tile.group), ("SPLIT", split), ("WHOLE", whole), ("HAS_BIAS", whole),
+            ("GROUP", tile.group), ("SPLIT", split), ("WHOLE", whole),
         )  # fmt: skip
-        how = "K whole" if whole else "K split" if split > 1 else "K masked"
-        label = f"{tile.rows} x {tile.outputs} x {tile.depth}, {how}"
-        weights = tile.outputs * tile.depth // tile.warps
+        label = f"{tile.rows} x {tile.outputs} x {tile.depth}{_label_of_k(split, whole)}"
         yield Variant("int8_matmul", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
     finish = triton_matmul.FINISH
-    last = (("BLOCK_T", finish.rows), ("BLOCK_N", finish.outputs), ("BLOCK_C", finish.outliers), ("HAS_BIAS", True))
+    last = (("BLOCK_T", finish.rows), ("BLOCK_N", finish.outputs), ("BLOCK_C", finish.outliers))
     yield Variant("finish_matmul", capability, dtype, last, finish.warps, 1, f"{finish.rows} x {finish.outputs}")
 
 
 def _gemv_variants(capability: int, dtype: str, tile: GemvTile) -> Iterator[Variant]:
-    for split in (1, 8):
+    weights = tile.outputs * tile.depth // tile.warps
+    for split, whole in product((False, True), (True, False)):
         chosen = (
-            ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth), ("SPLIT", split),
-            ("WHOLE", split == 1), ("HAS_BIAS", split == 1),
+            ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth),
+            ("SPLIT", split), ("WHOLE", whole),
         )  # fmt: skip
-        label = f"{tile.rows} x {tile.outputs} x {tile.depth}, {'K whole' if split == 1 else 'K split'}"
-        weights = tile.outputs * tile.depth // tile.warps
+        label = f"{tile.rows} x {tile.outputs} x {tile.depth}{_label_of_k(split, whole)}"
         yield Variant("int8_gemv", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
+
+
+def _label_of_k(split: bool, whole: bool) -> str:
+    return f"{', K split' if split else ''}{'' if whole else ', K masked'}"
 
 
 def compile_variant(variant: Variant) -> Any:

@@ -17,20 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_tiles import GemvTile
+from .gpu_tiles import MOST_SPLITS, GemvTile
 from .triton_numbers import FUSED, int8_to
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "has_bias", "split"])
 def int8_gemv_kernel(
-    x, w, w_scale, bias, y, parts, rows, outputs, features, x_stride,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, w, w_scale, bias, y, parts, rows, outputs, features, x_stride, has_bias, split,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of Y, or with SPLIT > 1 its share of the sums, to `parts` float32 (SPLIT, T, N).
+    """A tile of Y, or with SPLIT its share of the sums, to `parts` float32 (split, T, N).
 
-    `x` (T, K), `w` int8 (N, K). BLOCK_T is 1 for a single row. WHOLE: K is a multiple of BLOCK_K * SPLIT.
+    `x` (T, K), `w` int8 (N, K). BLOCK_T is 1 for a single row. WHOLE: K is a multiple of BLOCK_K * split.
     """
+    step = BLOCK_K * split if SPLIT else BLOCK_K
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -38,7 +38,7 @@ def int8_gemv_kernel(
     if BLOCK_T == 1:
         x_at = x + tl.program_id(2).to(tl.int64) * x_stride + k
         products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(0, features, BLOCK_K * SPLIT):
+        for start in range(0, features, step):
             if WHOLE:
                 w_NK, x_K = tl.load(w_at), tl.load(x_at)
             else:
@@ -47,13 +47,13 @@ def int8_gemv_kernel(
                 x_K = tl.load(x_at, mask=inside, other=0.0)
             x_NK = tl.broadcast_to(x_K.to(tl.float32)[None, :], w_NK.shape)
             products = tl.fma(int8_to(w_NK, tl.float32), x_NK, products)
-            w_at += BLOCK_K * SPLIT
-            x_at += BLOCK_K * SPLIT
+            w_at += step
+            x_at += step
         sums = tl.sum(products, axis=1)[:, None]
     else:
         x_at = x + (t % rows).to(tl.int64)[None, :] * x_stride + k[:, None]
         sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        for start in range(0, features, BLOCK_K * SPLIT):
+        for start in range(0, features, step):
             if WHOLE:
                 w_NK, x_KT = tl.load(w_at), tl.load(x_at)
             else:
@@ -61,32 +61,31 @@ def int8_gemv_kernel(
                 w_NK = tl.load(w_at, mask=inside[None, :], other=0)
                 x_KT = tl.load(x_at, mask=inside[:, None], other=0.0)
             sums = tl.dot(int8_to(w_NK, x_KT.dtype), x_KT, sums, input_precision="ieee")
-            w_at += BLOCK_K * SPLIT
-            x_at += BLOCK_K * SPLIT
+            w_at += step
+            x_at += step
     place = t.to(tl.int64)[None, :] * outputs + n[:, None]
     inside_NT = (n < outputs)[:, None] & (t < rows)[None, :]
-    if SPLIT == 1:
-        sums *= tl.load(w_scale + n % outputs)[:, None]
-        if HAS_BIAS:
-            sums += tl.load(bias + n % outputs).to(tl.float32)[:, None]
-        tl.store(y + place, sums.to(y.dtype.element_ty), mask=inside_NT)
-    else:
+    if SPLIT:
         tl.store(parts + tl.program_id(1).to(tl.int64) * rows * outputs + place, sums, mask=inside_NT)
+    else:
+        sums *= tl.load(w_scale + n % outputs)[:, None]
+        sums += tl.load(bias + n, mask=n < outputs * has_bias, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + place, sums.to(y.dtype.element_ty), mask=inside_NT)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "has_bias", "split"])
 def add_parts_kernel(
-    parts, w_scale, bias, y, rows, outputs, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr
+    parts, w_scale, bias, y, rows, outputs, has_bias, split, BLOCK_N: tl.constexpr, MOST: tl.constexpr
 ):
-    """Part of a row of Y from `parts` float32 (SPLIT, T, N), added in ascending order."""
+    """Part of a row of Y from `parts` float32 (split, T, N), at most MOST of them, added in ascending order."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     place = tl.program_id(1).to(tl.int64) * outputs + n
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for part in range(SPLIT):
-        total += tl.load(parts + tl.cast(part, tl.int64) * rows * outputs + place, mask=n < outputs, other=0.0)
+    for part in tl.static_range(MOST):  # unrolled, so that all are on their way at once
+        at = parts + tl.cast(part, tl.int64) * rows * outputs + place
+        total += tl.load(at, mask=n < tl.where(part < split, outputs, 0), other=0.0)
     total *= tl.load(w_scale + n, mask=n < outputs, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    total += tl.load(bias + n, mask=n < outputs * has_bias, other=0.0).to(tl.float32)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=n < outputs)
 
 
@@ -101,17 +100,16 @@ def int8_gemv(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor |
     y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device)
     split = tile.split
     parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x_TK.device) if split > 1 else y_TN
-    bias = y_TN if bias_N is None else bias_N
+    bias, has_bias = y_TN if bias_N is None else bias_N, int(bias_N is not None)
     grid = triton.cdiv(outputs, tile.outputs), split, triton.cdiv(rows, tile.rows)
     int8_gemv_kernel[grid](
-        x_TK, weight_NK, scale_N, bias, y_TN, parts, rows, outputs, features, x_TK.stride(0),
-        BLOCK_T=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.depth, SPLIT=split,
-        WHOLE=features % (tile.depth * split) == 0, HAS_BIAS=bias_N is not None,
-        num_warps=tile.warps, num_stages=tile.stages, **FUSED,
+        x_TK, weight_NK, scale_N, bias, y_TN, parts, rows, outputs, features, x_TK.stride(0), has_bias, split,
+        BLOCK_T=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.depth, SPLIT=split > 1,
+        WHOLE=features % (tile.depth * split) == 0, num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if split > 1:
         add_parts_kernel[(triton.cdiv(outputs, ADD_BLOCK), rows)](
-            parts, scale_N, bias, y_TN, rows, outputs,
-            BLOCK_N=ADD_BLOCK, SPLIT=split, HAS_BIAS=bias_N is not None, num_warps=4, **FUSED,
+            parts, scale_N, bias, y_TN, rows, outputs, has_bias, split,
+            BLOCK_N=ADD_BLOCK, MOST=MOST_SPLITS, num_warps=4, **FUSED,
         )  # fmt: skip
     return y_TN

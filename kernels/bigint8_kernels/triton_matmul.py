@@ -41,7 +41,7 @@ def _tile_of(program, rows, outputs, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexp
 @triton.jit
 def _finish(
     acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
-    HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,
+    has_bias, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The outlier part, both scales and the bias, and the store of a tile of Y."""
     t_safe, n_safe = t % rows, n % outputs  # rows beyond the end read others', and are not stored
@@ -56,53 +56,54 @@ def _finish(
         w_NC = int8_to(tl.load(w_rows + column[None, :]), x_TC.dtype)
         total = tl.dot(x_TC, tl.trans(w_NC), total, input_precision="ieee")
     total *= tl.load(w_scale + n_safe)[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias + n_safe).to(tl.float32)[None, :]
+    total += tl.load(bias + n, mask=n < outputs * has_bias, other=0.0).to(tl.float32)[None, :]
     inside = (t < rows)[:, None] & (n < outputs)[None, :]
     tl.store(y + t.to(tl.int64)[:, None] * outputs + n[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "bucket"])
+@triton.jit(do_not_specialize=["rows", "bucket", "has_bias", "split"])
 def int8_matmul_kernel(
-    q, x, x_scale, w, w_scale, bias, outliers, count, y, sums, rows, outputs, features, x_stride, bucket,
+    q, x, x_scale, w, w_scale, bias, outliers, count, y, sums,
+    rows, outputs, features, x_stride, bucket, has_bias, split,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of Y, or with SPLIT > 1 its share of the sums, added to `sums` int32 (T, N).
+    """A tile of Y, or with SPLIT its share of the sums, added to `sums` int32 (T, N).
 
-    `q` int8 (T, K) and `x` (T, K) are the activations, `w` int8 (N, K). WHOLE: K is a multiple of BLOCK_K * SPLIT.
+    `q` int8 (T, K) and `x` (T, K) are the activations, `w` int8 (N, K). WHOLE: K is a multiple of BLOCK_K * split.
     `bucket` is only for tuning: what one number of rows was tuned for serves all in its bucket.
     """
+    step = BLOCK_K * split if SPLIT else BLOCK_K
     tile_t, tile_n = _tile_of(tl.program_id(0), rows, outputs, BLOCK_T, BLOCK_N, GROUP)
     t, n = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     q_at = q + (t % rows).to(tl.int64)[:, None] * features + k[None, :]
     w_at = w + (n % outputs).to(tl.int64)[:, None] * features + k[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
-    for start in range(0, features, BLOCK_K * SPLIT):
+    for start in range(0, features, step):
         if WHOLE:
             q_TK, w_NK = tl.load(q_at), tl.load(w_at)
         else:
             inside = (start + k < features)[None, :]
             q_TK, w_NK = tl.load(q_at, mask=inside, other=0), tl.load(w_at, mask=inside, other=0)
         acc = tl.dot(q_TK, tl.trans(w_NK), acc, out_dtype=tl.int32)
-        q_at += BLOCK_K * SPLIT
-        w_at += BLOCK_K * SPLIT
-    if SPLIT == 1:
-        _finish(
-            acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
-            HAS_BIAS, BLOCK_C,
-        )  # fmt: skip
-    else:
+        q_at += step
+        w_at += step
+    if SPLIT:
         inside = (t < rows)[:, None] & (n < outputs)[None, :]
         place = t.to(tl.int64)[:, None] * outputs + n[None, :]
         tl.atomic_add(sums + place, acc, mask=inside, sem="relaxed")
+    else:
+        _finish(
+            acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
+            has_bias, BLOCK_C,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "has_bias"])
 def finish_matmul_kernel(
-    x, x_scale, w, w_scale, bias, outliers, count, y, sums, rows, outputs, features, x_stride,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, x_scale, w, w_scale, bias, outliers, count, y, sums, rows, outputs, features, x_stride, has_bias,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of Y from `sums` int32 (T, N), where K was split."""
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -111,7 +112,7 @@ def finish_matmul_kernel(
     acc = tl.load(sums + t.to(tl.int64)[:, None] * outputs + n[None, :], mask=inside, other=0)
     _finish(
         acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
-        HAS_BIAS, BLOCK_C,
+        has_bias, BLOCK_C,
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def _tuned(tiles: tuple[MatmulTile, ...]):
 def _constants(tile: MatmulTile) -> dict[str, int]:
     return {
         "BLOCK_T": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": tile.depth, "BLOCK_C": tile.outliers,
-        "GROUP": tile.group, "SPLIT": tile.split,
+        "GROUP": tile.group, "SPLIT": tile.split > 1,
     }  # fmt: skip
 
 
@@ -150,29 +151,28 @@ def int8_matmul(
     y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device)
     split = tiles[0].split
     sums = torch.zeros(rows, outputs, dtype=torch.int32, device=x_TK.device) if split > 1 else y_TN
-    bias = y_TN if bias_N is None else bias_N
+    bias, has_bias = y_TN if bias_N is None else bias_N, int(bias_N is not None)
     sizes = rows, outputs, features, x_TK.stride(0)
     pointers = q_TK, x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums
-    has_bias = bias_N is not None
 
     def grid(chosen: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(rows, chosen["BLOCK_T"]) * triton.cdiv(outputs, chosen["BLOCK_N"]), chosen["SPLIT"]
+        return triton.cdiv(rows, chosen["BLOCK_T"]) * triton.cdiv(outputs, chosen["BLOCK_N"]), split
 
     if len(tiles) > 1:
         try:
-            _tuned(tiles)[grid](*pointers, *sizes, row_bucket(rows), HAS_BIAS=has_bias, **FUSED)
+            _tuned(tiles)[grid](*pointers, *sizes, row_bucket(rows), has_bias, split, **FUSED)
             return y_TN
         except torch.OutOfMemoryError:  # to time tiles, Triton takes 256 MiB, which a full GPU may not have
             tiles = tiles[:1]
     (tile,) = tiles
     int8_matmul_kernel[grid](
-        *pointers, *sizes, row_bucket(rows), **_constants(tile), WHOLE=features % (tile.depth * split) == 0,
-        HAS_BIAS=has_bias, num_warps=tile.warps, num_stages=tile.stages, **FUSED,
+        *pointers, *sizes, row_bucket(rows), has_bias, split, **_constants(tile),
+        WHOLE=features % (tile.depth * split) == 0, num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if split > 1:
         finish_matmul_kernel[triton.cdiv(outputs, FINISH.outputs), triton.cdiv(rows, FINISH.rows)](
-            x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums, *sizes,
-            BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers, HAS_BIAS=has_bias,
+            x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums, *sizes, has_bias,
+            BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers,
             num_warps=FINISH.warps, num_stages=FINISH.stages, **FUSED,
         )  # fmt: skip
     return y_TN
