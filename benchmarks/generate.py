@@ -7,8 +7,9 @@ int8_head), float32, bfloat16, bitsandbytes (load_in_8bit), and llama.cpp with Q
 installed (Llama-like presets, batch 1). Without --checkpoint, one with random weights is written to a temporary folder.
 
 decode tokens/s is the batch divided by the median time of a step; prefill tokens/s are those of one prompt of --prompt
-tokens for each sequence. Weights that do not fit into memory are told of, not measured. GB/s, where the model's bytes
-are read once a step, are those bytes times steps a second; `torch.sum` shows what reading alone reaches.
+tokens for each sequence, after one that is not timed. Weights that do not fit into memory are told of, not measured.
+GB/s, where the model's bytes are read once a step, are those bytes times steps a second; `torch.sum` shows what reading
+alone reaches.
 """
 
 import json
@@ -138,7 +139,8 @@ def time_model(model: Any, batch: int, prompt: int, tokens: int, step_bytes: flo
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, min(1000, model.config.vocab_size), (batch, prompt), generator=generator)
     with torch.inference_mode():
-        model(ids[:, :8], logits_to_keep=1)
+        out = model(ids, use_cache=True, logits_to_keep=1)  # compiles what is compiled at first use
+        model(ids[:, -1:], past_key_values=out.past_key_values, use_cache=True)
         started = time.perf_counter()
         out = model(ids, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - started
@@ -212,7 +214,8 @@ def run_llama_cpp(file: Path, batch: int, prompt: int, tokens: int) -> Figures:
         str(file), n_ctx=prompt + tokens + 8, n_batch=prompt, n_threads=threads, n_threads_batch=threads, verbose=False
     )
     ids = [int(i) for i in np.random.default_rng(0).integers(5, 1000, prompt)]
-    model.eval(ids[:8])
+    model.eval(ids)
+    model.eval([5])
     model.reset()
     started = time.perf_counter()
     model.eval(ids)
