@@ -141,6 +141,7 @@ def time_model(model: Any, batch: int, prompt: int, tokens: int, step_bytes: flo
     with torch.inference_mode():
         out = model(ids, use_cache=True, logits_to_keep=1)  # compiles what is compiled at first use
         model(ids[:, -1:], past_key_values=out.past_key_values, use_cache=True)
+        del out
         started = time.perf_counter()
         out = model(ids, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - started

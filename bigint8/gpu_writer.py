@@ -27,7 +27,10 @@ class _Count:
 
 
 class GpuWriter:
-    """Writes chunks into the memory of one GPU. `store` may be called by several threads; `finish` ends it."""
+    """Writes chunks into the memory of one GPU. `store` may be called by several threads; `finish` ends it.
+
+    When something else fails, `wait` is called before the memory goes.
+    """
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -40,7 +43,8 @@ class GpuWriter:
     def store(self, transfer: Transfer, chunk: Chunk) -> None:
         """Begin to bring a chunk into its slot's memory. When this returns, its staging buffer may be read into."""
         if transfer.step in (Step.SCALES, Step.FORMAT):  # a few bytes, which are looked at on the way
-            store(transfer, chunk)
+            with torch.cuda.stream(self._work):
+                store(transfer, chunk)
             return
         out, scale_R = place_of(transfer, chunk)
         with torch.cuda.device(self._device):
@@ -64,9 +68,13 @@ class GpuWriter:
             self._counts.append(_Count(transfer, without_data, counts))
         copied.synchronize()
 
+    def wait(self) -> None:
+        """Wait for everything: what was written to may be given back."""
+        self._work.synchronize()
+
     def finish(self) -> None:
         """Wait for everything. Raises CheckpointError for the first chunk with values that no weight has."""
-        self._work.synchronize()
+        self.wait()
         if not self._counts:
             return
         found = torch.stack([count.counts for count in self._counts]).cpu()

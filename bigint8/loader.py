@@ -234,7 +234,11 @@ def _fill(
         writer = writers.get(devices[transfer.slot.name])
         (store if writer is None else writer.store)(transfer, chunk)
 
-    stream.run(write, None if on_progress is None else lambda done: on_progress(done, total))
+    try:
+        stream.run(write, None if on_progress is None else lambda done: on_progress(done, total))
+    finally:
+        for writer in writers.values():
+            writer.wait()
     for writer in writers.values():
         writer.finish()
     return LoadReport(

@@ -3,7 +3,8 @@
 Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
 
 - `reference`: the definition, in plain torch, in float64 where it matters;
-- `cpu_weights`: quantization of weights on the CPU, in numba (`numba_bits`: numbers from their bits);
+- `cpu_weights`: quantization of weights on the CPU, in numba (`numba_bits`: numbers from their bits; `numba_cache`:
+  what numba compiled, dropped when the sources change);
 - `cpu`: the linear layer on the CPU, numba kernels with an integer or a float GEMM;
 - `cpu_float`: 16-bit float weights on the CPU, multiplied in float32;
 - `triton_weights`, `triton_activations`, `triton_matmul`, `triton_gemv`: the kernels for GPUs, a family a file

@@ -21,7 +21,7 @@ read, 2 written, 2 read), `int8_gemv` 1 for each 16 rows."""
 
 ALIGNMENT = 16
 """Triton compiles kernels apart for addresses (in bytes) and strides (in values) that are no multiples of this, without
-wide loads. A small X is copied rather than read so; W's width decides over its own rows."""
+wide loads. X, which is small, is copied rather than read so, unless its very width is no multiple; so is W's then."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def int8_linear(
     gpu: Gpu,
 ) -> Tensor:
     """`reference.int8_linear` of X (T, K), in X's dtype (T, N)."""
-    if x_TK.stride(1) != 1 or x_TK.stride(0) % ALIGNMENT or x_TK.data_ptr() % ALIGNMENT:
+    strays = x_TK.stride(0) % ALIGNMENT and not x_TK.shape[1] % ALIGNMENT
+    if x_TK.stride(1) != 1 or strays or x_TK.data_ptr() % ALIGNMENT:
         x_TK = x_TK.clone(memory_format=torch.contiguous_format)
     weight_NK, scale_N = weight_NK.contiguous(), scale_N.contiguous()
     bias_N = None if bias_N is None else bias_N.contiguous()

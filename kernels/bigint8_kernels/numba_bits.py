@@ -3,12 +3,18 @@
 float16 arrives viewed as uint16 and bfloat16 as int16, since numpy knows no bfloat16 and numba no float16 on the CPU.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from .numba_cache import drop_stale_kernels
+
+drop_stale_kernels(Path(__file__).parent)  # all modules with kernels import this one, before any is compiled
 
 BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.float32: torch.float32}
 """The dtype that each float dtype is viewed as."""
