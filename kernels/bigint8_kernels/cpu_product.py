@@ -184,7 +184,7 @@ def multiply(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, start, stop):
     blocks = x_scale_TB.shape[1]
     steps = features // STEP
     out = np.empty(8, np.float32)
-    once = tokens // 4 + tokens % 4 == 1
+    once = tokens // 4 + tokens % 4 == 1  # one tile takes all tokens: W is read through only once, without slices
     slice_rows = max(1, stop - start) if once else max(8, SLICE_BYTES // max(1, features))
     for first in range(start, stop, slice_rows):
         last = min(first + slice_rows, stop)
