@@ -187,7 +187,7 @@ def run_float(folder: Path, batch: int, prompt: int, tokens: int, dtype: str) ->
     import psutil
     from transformers import AutoModelForCausalLM
 
-    from bigint8.checkpoint import open_checkpoint
+    from bigint8.checkpoint.headers import open_checkpoint
 
     needed = open_checkpoint(folder).weight_bytes * (2 if dtype == "float32" else 1)
     if needed > psutil.virtual_memory().available:

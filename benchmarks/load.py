@@ -130,7 +130,7 @@ def _import_model(folder: Path) -> None:
 
 
 def _source_bytes(folder: Path) -> int:
-    from bigint8.checkpoint import open_checkpoint
+    from bigint8.checkpoint.headers import open_checkpoint
 
     return open_checkpoint(folder).weight_bytes
 
@@ -157,8 +157,8 @@ def load_bitsandbytes(folder: Path) -> Figures:
 
 
 def raw_read(folder: Path) -> Figures:
-    from bigint8.checkpoint import open_checkpoint
-    from bigint8.stream import RowStream
+    from bigint8.checkpoint.headers import open_checkpoint
+    from bigint8.load.stream import RowStream
 
     checkpoint = open_checkpoint(folder)
     stream = RowStream(checkpoint.tensors.values())
@@ -168,7 +168,7 @@ def raw_read(folder: Path) -> Figures:
 def first_touch(folder: Path) -> Figures:
     import numpy as np
 
-    from bigint8.checkpoint import open_checkpoint
+    from bigint8.checkpoint.headers import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     nbytes = sum(t.nbytes // (2 if len(t.shape) == 2 else 1) for t in checkpoint.tensors.values())

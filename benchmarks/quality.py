@@ -21,7 +21,7 @@ from rounds import machine, print_machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from bigint8 import Int8Config, load_sharded_int8
-from bigint8.sources import find_source
+from bigint8.sources.find import find_source
 
 
 def main(

@@ -24,7 +24,7 @@ Figures = dict[str, float]
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    from bigint8.hardware import cpu_device
+    from bigint8.plan.devices import cpu_device
 
     versions = {}
     for package in PACKAGES:

@@ -24,10 +24,10 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from bigint8.checkpoint import INDEX_FILE
+from bigint8.checkpoint.headers import INDEX_FILE
+from bigint8.checkpoint.writer import NewTensor, header_bytes, index_of, split, write_json
 from bigint8.errors import BigInt8Error
-from bigint8.presets import ModelPreset, find_preset, preset_names
-from bigint8.shards import NewTensor, header_bytes, index_of, split, write_json
+from bigint8.sources.presets import ModelPreset, find_preset, preset_names
 
 Bits = NDArray[np.uint16] | NDArray[np.uint32]
 Fill = Literal["random", "ones", "zeros"]

@@ -6,29 +6,37 @@ from typing import TYPE_CHECKING, Any
 from .errors import BigInt8Error, CheckpointError, PlanError, WorkerError
 
 if TYPE_CHECKING:
-    from .config import Int8Config
-    from .linear import Int8Linear, make_int8_linear
-    from .loader import load_sharded_int8
+    from .model.layers import Int8Linear, make_int8_linear
+    from .options import Access, Cluster, Int8Config, Workload
+    from .session import load_sharded_int8, open_pipeline
 
 __version__ = "0.1.0"
 
 # torch and transformers take seconds to import; planning needs neither, so these names load on first use.
 _HOMES = {
-    "Int8Config": "config",
-    "Int8Linear": "linear",
-    "make_int8_linear": "linear",
-    "load_sharded_int8": "loader",
+    "Access": "options",
+    "Cluster": "options",
+    "Int8Config": "options",
+    "Int8Linear": "model.layers",
+    "Workload": "options",
+    "load_sharded_int8": "session",
+    "make_int8_linear": "model.layers",
+    "open_pipeline": "session",
 }
 
 __all__ = [
+    "Access",
     "BigInt8Error",
     "CheckpointError",
+    "Cluster",
     "Int8Config",
     "Int8Linear",
     "PlanError",
     "WorkerError",
+    "Workload",
     "load_sharded_int8",
     "make_int8_linear",
+    "open_pipeline",
 ]
 
 

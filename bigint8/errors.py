@@ -1,4 +1,4 @@
-"""What can go wrong, as the caller sees it. Each message names the file, tensor, device or flag and the way out."""
+"""What can go wrong, as the caller sees it. Each message names the file, tensor, device or setting and the way out."""
 
 
 class BigInt8Error(Exception):
@@ -19,3 +19,8 @@ class WorkerError(BigInt8Error):
 
 class WorkerDied(WorkerError):
     """A worker whose process or box is gone."""
+
+
+def in_one_line(error: BaseException, most: int = 400) -> str:
+    """What a foreign exception says, on one line of at most `most` characters; its kind if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

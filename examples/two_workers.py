@@ -7,13 +7,12 @@ import sys
 
 from transformers import AutoTokenizer
 
-from bigint8.checkpoint import open_checkpoint
-from bigint8.families import layout_of
-from bigint8.hardware import pick_dtype
-from bigint8.pipeline import Pipeline
-from bigint8.planner import make_plan
-from bigint8.sources import find_source
-from bigint8.transfer import stored_dtype
+from bigint8.checkpoint.headers import open_checkpoint
+from bigint8.families.table import layout_of
+from bigint8.plan.cut import make_plan
+from bigint8.plan.devices import pick_dtype
+from bigint8.run.pipeline import Pipeline
+from bigint8.sources.find import find_source
 
 PROMPT = "The capital of France is"
 

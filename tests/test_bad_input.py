@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StableLmConfig
 
 from bigint8 import BigInt8Error, CheckpointError, PlanError, load_sharded_int8
-from bigint8.checkpoint import INDEX_FILE, open_checkpoint
+from bigint8.checkpoint.headers import INDEX_FILE, open_checkpoint
 from bigint8.launch import launch
-from bigint8.stream import Chunk, RowStream
+from bigint8.load.stream import Chunk, RowStream
 
 Tensors = dict[str, Tensor]
 

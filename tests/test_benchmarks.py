@@ -69,7 +69,7 @@ def test_sides_take_turns_and_one_that_fails_is_told_of(bench):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /proc")
 def test_load_measures_every_side(bench, tmp_path):
-    from bigint8.quantize import quantize
+    from bigint8.session import quantize
 
     save_tiny("llama", False, tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "int8", progress=False)

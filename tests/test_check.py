@@ -19,8 +19,8 @@ from transformers import StableLmConfig, StableLmForCausalLM
 import bigint8.check
 import bigint8.quantize
 from bigint8 import Int8Config, load_sharded_int8
-from bigint8.check import check
-from bigint8.command import run_command
+from bigint8.session import check
+from bigint8.terminal.flags import run_command
 
 LAYER = "model.layers.1.mlp.down_proj"
 NORM = "model.layers.2.input_layernorm.weight"

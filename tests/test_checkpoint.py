@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigint8 import CheckpointError
-from bigint8.checkpoint import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, TensorInfo, open_checkpoint, read_header
+from bigint8.checkpoint.headers import (
+    INDEX_FILE,
+    MAX_HEADER_BYTES,
+    SINGLE_FILE,
+    TensorInfo,
+    open_checkpoint,
+    read_header,
+)
 
 CONFIG = {"model_type": "llama", "hidden_size": 32}
 

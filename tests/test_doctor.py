@@ -9,7 +9,7 @@ import torch
 from bigint8_kernels import cpu, cpu_weights, dispatch
 
 from bigint8 import doctor
-from bigint8.command import run_command
+from bigint8.terminal.flags import run_command
 
 
 @pytest.fixture

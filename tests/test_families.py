@@ -5,14 +5,14 @@ import torch
 from tiny import SIZES, save_tiny, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from bigint8.checkpoint import open_checkpoint
-from bigint8.config import Int8Config
+from bigint8.checkpoint.headers import open_checkpoint
 from bigint8.errors import PlanError
-from bigint8.families import FAMILIES, family_of, layout_of
-from bigint8.loader import checkpoint_skeleton, read_hf_config
-from bigint8.planner import stage_part
-from bigint8.presets import find_preset, preset_names
-from bigint8.stage import StageModel, build_skeleton
+from bigint8.families.table import FAMILIES, family_of, layout_of
+from bigint8.model.config import read_hf_config
+from bigint8.model.skeleton import build_skeleton, checkpoint_skeleton
+from bigint8.model.stage import StageModel
+from bigint8.options import Int8Config
+from bigint8.sources.presets import find_preset, preset_names
 
 BYTES = {torch.float16: 2, torch.float32: 4}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bigint8.loader import checkpoint_skeleton, load_stage, read_hf_config
 from bigint8_kernels import reference
 from folders import INDEX, quantization_of, read_tensors, rewrite, save_tokenizer, set_config
 from tiny import SIZES, save_tiny, tiny_config, tiny_model
@@ -18,13 +19,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from bigint8 import Int8Config, Int8Linear, load_sharded_int8
-from bigint8.checkpoint import open_checkpoint
-from bigint8.families import family_of, layout_of
-from bigint8.linear import Int8Embedding
-from bigint8.loader import checkpoint_skeleton, load_stage, read_hf_config
-from bigint8.planner import stage_part
-from bigint8.quantize import quantize
-from bigint8.stage import StageModel, build_skeleton
+from bigint8.checkpoint.headers import open_checkpoint
+from bigint8.families.table import family_of, layout_of
+from bigint8.model.layers import Int8Embedding
+from bigint8.model.skeleton import build_skeleton
+from bigint8.model.stage import StageModel
+from bigint8.session import quantize
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
 SHARD = 40_000

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bigint8.hardware import cuda_devices
-from bigint8.sources import cache_folder
+from bigint8.plan.devices import cuda_devices
+from bigint8.sources.gguf import cache_folder
 
 LAUNCH = [sys.executable, "-m", "bigint8.launch"]
 

@@ -11,11 +11,10 @@ from tiny import SIX_FAMILIES, SIZES, save_tiny, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bigint8 import CheckpointError, Int8Config, Int8Linear, PlanError, load_sharded_int8, make_int8_linear
-from bigint8.checkpoint import open_checkpoint
-from bigint8.linear import is_linear
-from bigint8.placement import follow_devices
-from bigint8.stage import Skeleton, Slot, keep_16bit_tables
-from bigint8.tables import Linear16bit
+from bigint8.checkpoint.headers import open_checkpoint
+from bigint8.load.device_map import follow_devices
+from bigint8.model.layers import Linear16bit, is_linear
+from bigint8.model.skeleton import Skeleton, Slot, keep_16bit_tables
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
 

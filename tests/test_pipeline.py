@@ -13,14 +13,13 @@ from tiny import SIX_FAMILIES, save_tiny
 from transformers import AutoTokenizer, TextIteratorStreamer
 
 from bigint8 import BigInt8Error, CheckpointError, Int8Config, WorkerError, load_sharded_int8
-from bigint8.checkpoint import open_checkpoint
-from bigint8.driver import PipelineCache
-from bigint8.families import layout_of
-from bigint8.pipeline import Pipeline
-from bigint8.planner import make_plan
-from bigint8.sources import find_source
-from bigint8.transfer import stored_dtype
-from bigint8.worker import pack, unpack
+from bigint8.checkpoint.headers import open_checkpoint
+from bigint8.families.table import layout_of
+from bigint8.plan.cut import make_plan
+from bigint8.run.driver import PipelineCache
+from bigint8.run.pipeline import Pipeline
+from bigint8.run.wire import pack, unpack
+from bigint8.sources.find import find_source
 
 CONTEXT = 100
 

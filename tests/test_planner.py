@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigint8.errors import BigInt8Error, PlanError
-from bigint8.families import Layout, Part, layout_of
-from bigint8.hardware import Device, find_devices, gpu_presets, pick_dtype, preset_gpus
-from bigint8.planner import fewest_devices, fill_in_order, make_plan
-from bigint8.presets import find_preset
+from bigint8.families.layout import Layout, Part
+from bigint8.families.table import layout_of
+from bigint8.plan.cut import fewest_devices, fill_in_order, make_plan
+from bigint8.plan.devices import Device, find_devices, gpu_presets, pick_dtype, preset_gpus
+from bigint8.sources.presets import find_preset
 
 
 def layout_with(blocks: list[int], embeddings: int = 0, head: int = 0) -> Layout:

@@ -19,8 +19,8 @@ from folders import INDEX, quantization_of, read_tensors, replace, rewrite, set_
 from torch import Tensor
 
 from bigint8 import BigInt8Error, CheckpointError, Int8Config, load_sharded_int8
-from bigint8.quantize import quantize
-from bigint8.save import new_checkpoint_folder
+from bigint8.checkpoint.folder import new_checkpoint_folder
+from bigint8.session import quantize
 
 LAYER = "model.layers.1.mlp.down_proj"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -260,7 +260,7 @@ def test_a_place_that_cannot_be_is_refused(save: Save, where, source, tmp_path):
 
 KILLED_MIDWAY = """
 import os, signal, sys
-from bigint8.quantize import quantize
+from bigint8.session import quantize
 
 write, calls = os.pwrite, iter(range(10**6))
 

@@ -7,10 +7,11 @@ import pytest
 from tiny import save_tiny
 from transformers import AutoTokenizer
 
-from bigint8.checkpoint import open_checkpoint
+from bigint8.checkpoint.headers import open_checkpoint
 from bigint8.errors import CheckpointError
-from bigint8.presets import ModelPreset, WheelSource, find_preset
-from bigint8.sources import convert_wheel, find_source
+from bigint8.sources.find import find_source
+from bigint8.sources.gguf import convert_wheel
+from bigint8.sources.presets import ModelPreset, WheelSource, find_preset
 
 
 def test_a_folder_and_a_file_in_it_name_the_same_checkpoint(tmp_path):

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bigint8.checkpoint import TensorInfo, read_header
+from bigint8.checkpoint.headers import TensorInfo, read_header
 from bigint8.errors import CheckpointError
-from bigint8.stream import Chunk, RowStream, _is_cached, plan_reads
+from bigint8.load.stream import Chunk, RowStream, _is_cached, plan_reads
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigint8 import BigInt8Error, load_sharded_int8
-from bigint8.checkpoint import Checkpoint, open_checkpoint
-from bigint8.presets import ModelPreset, find_preset
+from bigint8.checkpoint.headers import Checkpoint, open_checkpoint
+from bigint8.sources.presets import ModelPreset, find_preset
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "synthesize.py"
 

@@ -1,0 +1,19 @@
+"""All commands as one: bigint8 launch, check, quantize, doctor; also python -m bigint8."""
+
+from . import check, doctor, launch, quantize
+from .terminal.flags import new_app, run_command
+
+app = new_app()
+for module in (launch, check, quantize, doctor):
+    # a command is the one function that its own app has
+    (registered,) = module.app.registered_commands
+    app.command(module.__name__.rpartition(".")[2])(registered.callback)  # type: ignore[type-var]
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

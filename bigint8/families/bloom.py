@@ -1,0 +1,38 @@
+"""BLOOM: a norm after the embeddings, attention biased by distance (alibi), which transformers does not fuse."""
+
+from .layout import Config, Family, Linear, Sizes, first_set
+
+
+def sizes(config: Config) -> Sizes:
+    """The sizes from config.json."""
+    h, heads = first_set(config, "hidden_size", "n_embed"), first_set(config, "n_head", "num_attention_heads")
+    blocks = first_set(config, "num_hidden_layers", "n_layer")
+    return Sizes(
+        blocks=blocks,
+        linears=(
+            Linear("self_attention.query_key_value", h, 3 * h, True),
+            Linear("self_attention.dense", h, h, True),
+            Linear("mlp.dense_h_to_4h", h, 4 * h, True),
+            Linear("mlp.dense_4h_to_h", 4 * h, h, True),
+        ),
+        norm_values=4 * h,
+        hidden=h,
+        vocab=config["vocab_size"],
+        tied=config.get("tie_word_embeddings", True),
+        kv_values=2 * heads * (h // heads),
+        widest=4 * h,
+        final_norm_values=2 * h,
+        embedding_norm_values=2 * h,
+        eager_heads=heads,
+    )
+
+
+FAMILY = Family(
+    name="BLOOM",
+    model_types=("bloom",),
+    blocks="transformer.h",
+    embeddings="transformer.word_embeddings",
+    embedding_norm="transformer.word_embeddings_layernorm",
+    final_norm="transformer.ln_f",
+    sizes=sizes,
+)

@@ -1,0 +1,37 @@
+"""GPT-NeoX, also Pythia."""
+
+from .layout import Config, Family, Linear, Sizes
+
+
+def sizes(config: Config) -> Sizes:
+    """The sizes from config.json."""
+    h, f, bias = config["hidden_size"], config["intermediate_size"], config.get("attention_bias", True)
+    heads = config["num_attention_heads"]
+    return Sizes(
+        blocks=config["num_hidden_layers"],
+        linears=(
+            Linear("attention.query_key_value", h, 3 * h, bias),
+            Linear("attention.dense", h, h, bias),
+            Linear("mlp.dense_h_to_4h", h, f, True),
+            Linear("mlp.dense_4h_to_h", f, h, True),
+        ),
+        norm_values=4 * h,
+        hidden=h,
+        vocab=config["vocab_size"],
+        tied=config.get("tie_word_embeddings", False),
+        kv_values=2 * heads * (h // heads),
+        widest=f,
+        final_norm_values=2 * h,
+        max_context=config.get("max_position_embeddings"),
+    )
+
+
+FAMILY = Family(
+    name="GPT-NeoX",
+    model_types=("gpt_neox",),
+    blocks="gpt_neox.layers",
+    embeddings="gpt_neox.embed_in",
+    final_norm="gpt_neox.final_layer_norm",
+    sizes=sizes,
+    old_names={"embed_out": "lm_head"},
+)

@@ -1,0 +1,201 @@
+"""The sizes of a model, module by module: what a plan counts, and the names by which stages are cut."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import BigInt8Error
+from ..options import Int8Config
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sizes of one or more modules: values in int8, int8 rows (one float32 scale each), values in the model's own
+    dtype, and values of tables that are 16-bit whatever that dtype is."""
+
+    int8_values: int = 0
+    int8_rows: int = 0
+    other_values: int = 0
+    table_values: int = 0
+
+    def weight_bytes(self, dtype_bytes: int) -> int:
+        """Bytes on a device where a value of the model's own dtype takes `dtype_bytes`."""
+        return self.int8_values + 4 * self.int8_rows + dtype_bytes * self.other_values + 2 * self.table_values
+
+    def __add__(self, other: "Part") -> "Part":
+        return Part(
+            self.int8_values + other.int8_values,
+            self.int8_rows + other.int8_rows,
+            self.other_values + other.other_values,
+            self.table_values + other.table_values,
+        )
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module that is never cut: its full name in the transformers model, and its sizes."""
+
+    name: str
+    part: Part
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block: its name within the block, and its features."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a config says of a model, before it is decided which linear layers are int8.
+
+    linears, norm_values: of one block, the linear layers and the values besides
+    width: of the token embeddings; where it is not `hidden`, two projections lead there and back
+    position_values, embedding_norm_values, final_norm_values: of these modules, None where there is none
+    kv_values: keys and values of a token in one block; windows: each block's sliding window in tokens, None where it
+        attends to all; widest: outputs of the widest layer
+    eager_heads: heads whose attention scores are written out, 0 where attention is fused
+    """
+
+    blocks: int
+    linears: tuple[Linear, ...]
+    norm_values: int
+    hidden: int
+    vocab: int
+    tied: bool
+    kv_values: int
+    widest: int
+    final_norm_values: int | None
+    width: int | None = None
+    position_values: int | None = None
+    embedding_norm_values: int | None = None
+    head_bias: bool = False
+    windows: tuple[int | None, ...] = ()
+    max_context: int | None = None
+    eager_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: full module names in its transformers model, and its sizes.
+
+    `old_names` has modules that older checkpoints call otherwise: their names there, and here.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    embeddings: str
+    final_norm: str
+    sizes: Callable[[Config], Sizes]
+    head: str = "lm_head"
+    positions: str | None = None
+    embedding_norm: str | None = None
+    project_in: str | None = None
+    project_out: str | None = None
+    old_names: Mapping[str, str] = field(default_factory=dict)
+
+    def block(self, index: int) -> str:
+        """The full name of a block."""
+        return f"{self.blocks}.{index}"
+
+    def module_name(self, stored: str) -> str:
+        """The full name here of what a checkpoint calls `stored`: older ones, and those of the model without its head,
+        lack the first part of the names."""
+        stored = self.old_names.get(stored, stored)
+        base = self.blocks.partition(".")[0]
+        known = stored == self.head or stored.startswith((f"{base}.", f"{self.head}."))
+        return stored if known else f"{base}.{stored}"
+
+
+@dataclass(frozen=True)
+class Int8Choice:
+    """Which linear layers are int8: by the settings, or by what an int8 checkpoint holds.
+
+    `head` is the output head's full name; `stored` are the modules that the checkpoint holds in int8, None for one in
+    16-bit.
+    """
+
+    config: Int8Config
+    head: str | None
+    stored: frozenset[str] | None = None
+
+    def takes(self, name: str, origin: str | None = None) -> bool:
+        """Whether the linear layer `name` is int8; `origin` is the module that it is tied to, if it is.
+
+        Raises BigInt8Error where the settings want a layer in 16-bit that the checkpoint has in int8.
+        """
+        origin = origin or name
+        if self.stored is None:
+            return not self.config.skips(name, self.head) and (name == origin or bool(self.config.int8_head))
+        takes = origin in self.stored or (name == self.head and bool(self.config.int8_head))
+        if takes and self.config.skip_modules is not None and self.config.skips(name, self.head):
+            raise BigInt8Error(
+                f"skip_modules names {name}, which this checkpoint holds in int8; load the original checkpoint, "
+                "or leave it out of skip_modules"
+            )
+        return takes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model cut into modules: those before the blocks, the blocks, those after them, the head.
+
+    `head` lacks its matrix when it is tied to the embeddings; then it lives where they do.
+    """
+
+    first: tuple[Module, ...]
+    blocks: tuple[Module, ...]
+    last: tuple[Module, ...]
+    head: Module
+    sizes: Sizes
+
+    @property
+    def tied(self) -> bool:
+        return self.sizes.tied
+
+    def stage(self, first_block: int, last_block: int) -> tuple[Module, ...]:
+        """The modules of the stage with blocks [first_block, last_block), in the order in which they run."""
+        is_first, is_last = first_block == 0, last_block == len(self.blocks)
+        modules = (*self.first,) if is_first else ()
+        modules += self.blocks[first_block:last_block]
+        if is_last:
+            modules += self.last
+        return (*modules, self.head) if (is_first if self.tied else is_last) else modules
+
+    def part(self, first_block: int, last_block: int) -> Part:
+        """The sizes of that stage's weights."""
+        return sum((module.part for module in self.stage(first_block, last_block)), Part())
+
+    def weight_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of the whole model."""
+        return self.part(0, len(self.blocks)).weight_bytes(dtype_bytes)
+
+    def with_int8_head(self) -> "Layout":
+        """The same model with its head's matrix in int8, and the embeddings where the two are tied."""
+        table = Part(int8_values=self.sizes.vocab * (self.sizes.width or 0), int8_rows=self.sizes.vocab)
+        if self.tied:
+            return replace(self, first=(replace(self.first[0], part=table), *self.first[1:]))
+        bias = Part(other_values=self.sizes.vocab * self.sizes.head_bias)
+        return replace(self, head=replace(self.head, part=table + bias))
+
+    def kv_bytes(self, block: int, context: int, sequences: int, dtype_bytes: int) -> int:
+        """Bytes of one block's cache once `sequences` of `context` tokens are in it."""
+        window = self.sizes.windows[block]
+        # transformers keeps window - 1 tokens: the window of the next token, without that token
+        tokens = context if window is None else min(context, window - 1)
+        return self.sizes.kv_values * tokens * sequences * dtype_bytes
+
+
+def first_set(config: Config, *names: str, default: Any = None) -> Any:
+    """The first of these keys that the config sets; config files of different ages name the same thing differently."""
+    for name in names:
+        if config.get(name) is not None:
+            return config[name]
+    return default

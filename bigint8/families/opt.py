@@ -1,0 +1,39 @@
+"""OPT, also its 350M model, whose embeddings are narrower than its blocks."""
+
+from .layout import Config, Family, Linear, Sizes, first_set
+
+
+def sizes(config: Config) -> Sizes:
+    """The sizes from config.json."""
+    h, f, bias = config["hidden_size"], config["ffn_dim"], config.get("enable_bias", True)
+    norm = 2 * h if config.get("layer_norm_elementwise_affine", True) else 0
+    positions = config.get("max_position_embeddings", 2048)
+    has_final_norm = config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False)
+    attention = tuple(Linear(f"self_attn.{name}_proj", h, h, bias) for name in ("q", "k", "v", "out"))
+    return Sizes(
+        blocks=config["num_hidden_layers"],
+        linears=(*attention, Linear("fc1", h, f, bias), Linear("fc2", f, h, bias)),
+        norm_values=2 * norm,
+        hidden=h,
+        vocab=config["vocab_size"],
+        tied=config.get("tie_word_embeddings", True),
+        kv_values=2 * h,
+        widest=f,
+        final_norm_values=norm if has_final_norm else None,
+        width=first_set(config, "word_embed_proj_dim", default=h),
+        position_values=(positions + 2) * h,  # the first two are of no token
+        max_context=positions,
+    )
+
+
+FAMILY = Family(
+    name="OPT",
+    model_types=("opt",),
+    blocks="model.decoder.layers",
+    embeddings="model.decoder.embed_tokens",
+    positions="model.decoder.embed_positions",
+    project_in="model.decoder.project_in",
+    final_norm="model.decoder.final_layer_norm",
+    project_out="model.decoder.project_out",
+    sizes=sizes,
+)

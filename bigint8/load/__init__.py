@@ -1,0 +1,1 @@
+"""Loading: streaming rows, assigning and converting them, memory for them, saving them again."""

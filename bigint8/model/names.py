@@ -1,0 +1,52 @@
+"""What a checkpoint's tensors are called in the model: names change between versions and with what was saved."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.headers import Checkpoint, TensorInfo
+from ..checkpoint.int8_format import FORMAT, SCALES
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .skeleton import Skeleton
+
+
+def model_names(model: Any, wanted: Iterable[str]) -> Callable[[str], str]:
+    """A function from a checkpoint's tensor names to the model's; names that are none of `wanted` stay as they are.
+
+    Handles what transformers renamed since (GPT-NeoX's `embed_out`) and checkpoints saved from the base model, whose
+    names lack its prefix (BLOOM, GPT-2, OPT). The scales of an int8 weight go where the weight goes.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    known = dict.fromkeys(wanted, True)
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+
+    def ours(name: str) -> str:
+        if name in known:
+            return name
+        module, _, attribute = name.rpartition(".")
+        if attribute in (SCALES, FORMAT):
+            return f"{ours(f'{module}.weight').removesuffix('.weight')}.{attribute}"
+        return str(rename_source_key(name, renamings, [], model.base_model_prefix, known)[0])
+
+    return ours
+
+
+def name_tensors(checkpoint: Checkpoint, skeleton: "Skeleton") -> dict[str, TensorInfo]:
+    """The checkpoint's tensors by the names that the model has for them; those it does not want keep their own.
+
+    Of a tied pair, the one that was saved is the one that is kept, whichever that is.
+    """
+    ours_of = model_names(skeleton.model, [*skeleton.slots, *skeleton.tied])
+    named: dict[str, TensorInfo] = {}
+    for name, tensor in checkpoint.tensors.items():
+        ours = ours_of(name)
+        if ours in named:
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} and {named[ours].name!r} are both {ours!r}")
+        named[ours] = tensor
+    for target, origin in skeleton.tied.items():
+        if origin not in named and target in named:
+            named[origin] = named.pop(target)
+    return named

@@ -1,0 +1,123 @@
+"""A stage of a pipeline: the transformers model itself with the parts that live elsewhere neutralised.
+
+The list of blocks is sliced and renumbered. On all but the last stage the final norm is the identity; on all but the
+first the position embeddings give zero and the embedding norm is the identity. Hidden states go in as
+`inputs_embeds`.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..families.layout import Family
+from .skeleton import Skeleton, set_module
+
+
+class _ZeroPositions(nn.Module):
+    """Position embeddings on a later stage: the first one has added them already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # no dimension, so that adding it keeps the dtype of the hidden states
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, self.zero)
+
+
+class _BaseModel(Protocol):
+    """What a stage calls: the transformers decoder without its head."""
+
+    def __call__(self, **kwargs: Any) -> Any: ...
+
+
+class StageModel(nn.Module):
+    """One stage of a pipeline: token ids or hidden states in, hidden states or logits out."""
+
+    def __init__(self, skeleton: Skeleton, family: Family, modules: Sequence[str]) -> None:
+        """Cut the skeleton, which is used up, to these modules: what a plan says of the stage."""
+        super().__init__()
+        model, kept = skeleton.model, set(modules)
+        blocks = model.get_submodule(family.blocks)
+        indices = [i for i in range(len(blocks)) if family.block(i) in kept]
+        self.is_first = family.embeddings in kept
+        self.has_head = family.head in kept
+        self.slots = {name: slot for name, slot in skeleton.slots.items() if _owner(name, family) in kept}
+        set_module(model, family.blocks, nn.ModuleList(blocks[i] for i in indices))
+        _renumber(model.get_submodule(family.blocks))
+        _trim_config(model.config, indices)
+        _neutralise(model, family, kept)
+        self.config = model.config
+        self.base = model.get_submodule(family.blocks.rpartition(".")[0])
+        self.lm_head = model.get_submodule(family.head) if self.has_head else None
+        self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache for this stage's blocks."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.config)
+
+    def forward(
+        self, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any | None
+    ) -> Tensor:
+        """Token ids (batch, tokens) on the first stage, hidden states (batch, tokens, hidden) on later ones.
+
+        attention_mask (batch, past + tokens) or None; position_ids (batch, tokens) or None. Returns hidden states.
+        """
+        kwargs: dict[str, Any] = {"input_ids" if self.is_first else "inputs_embeds": inputs}
+        if self._takes_positions:
+            kwargs["position_ids"] = position_ids
+        output = cast(_BaseModel, self.base)(
+            attention_mask=attention_mask, past_key_values=cache, use_cache=cache is not None, **kwargs
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of the last stage's hidden states."""
+        if self.lm_head is None:
+            raise RuntimeError("this stage has no head")
+        return cast(Tensor, self.lm_head(hidden))
+
+
+def _owner(name: str, family: Family) -> str:
+    """The module of a plan that a tensor belongs to: its block, or the module that holds it."""
+    if name.startswith(f"{family.blocks}."):
+        return family.block(int(name[len(family.blocks) + 1 :].partition(".")[0]))
+    return name.rpartition(".")[0]
+
+
+def _renumber(blocks: nn.Module) -> None:
+    """The cache of a stage counts its own blocks from zero."""
+    for index, block in enumerate(blocks.children()):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                setattr(module, "layer_idx", index)  # noqa: B010  (a Module's attributes are typed as tensors)
+
+
+def _trim_config(config: Any, indices: Sequence[int]) -> None:
+    types = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(indices)
+    if types is not None:
+        config.layer_types = [types[i] for i in indices]
+
+
+def _neutralise(model: nn.Module, family: Family, kept: set[str]) -> None:
+    """Let the modules around the blocks that live elsewhere do nothing."""
+    instead: dict[str | None, nn.Module | None] = {
+        family.embeddings: None,
+        family.positions: _ZeroPositions(),
+        family.embedding_norm: nn.Identity(),
+        family.project_in: None,
+        family.final_norm: nn.Identity(),
+        family.project_out: nn.Identity(),
+    }
+    for name, module in instead.items():
+        if name is None or name in kept:
+            continue
+        parent, _, attribute = name.rpartition(".")
+        if model.get_submodule(parent)._modules.get(attribute) is not None:  # a model may lack it
+            set_module(model, name, module)

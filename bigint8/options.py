@@ -1,0 +1,123 @@
+"""What a person chooses: how a model is quantized, how much work to leave room for, what may be fetched and run."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing_extensions import Self
+
+from .errors import BigInt8Error, PlanError
+from .units import FLOAT_BYTES
+
+Dtype = Literal["auto", "float16", "bfloat16", "float32"]
+
+Activations = Literal["auto", "int8", "16bit"]
+"""The same choice as `bigint8_kernels.Activations`, which cannot be imported without torch."""
+
+DEFAULT_CONTEXT = 2048
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that run at once. More would make the products no faster (their arithmetic is the limit from some
+hundred rows on) and take more workspace."""
+
+SHARD_BYTES = 5 * 10**9
+"""The most that a shard holds, unless one tensor is larger: what transformers writes, too."""
+
+
+class Int8Config(BaseModel):
+    """Settings of the int8 layers.
+
+    threshold: columns of the activations with any |x| at or above it are multiplied in 16-bit; 0 turns that off
+    skip_modules: modules left in 16-bit, by full name, name prefix or last component; None means the output head,
+        unless `int8_head`
+    int8_head: the output head in int8 too, and with it the embeddings where the two are tied. None is False, unless
+        the model fits its devices only that way. A tied head is int8 only where this is True
+    dtype: of everything that is not int8. "auto" is the checkpoint's, or a faster one where the device is slow at it
+    activations: "int8" is LLM.int8(); "16bit" leaves them as they are; "auto" picks by the number of rows
+
+    Raises pydantic.ValidationError, a ValueError, for values out of range and unknown names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+    skip_modules: tuple[str, ...] | None = None
+    int8_head: bool | None = None
+    dtype: Dtype = "auto"
+    activations: Activations = "auto"
+
+    @field_validator("skip_modules")
+    @classmethod
+    def _no_empty_names(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and any(not name for name in names):
+            raise ValueError("a name in skip_modules is empty")
+        return names
+
+    def skips(self, name: str, head: str | None) -> bool:
+        """Whether the module with this full name stays in 16-bit; `head` is the output head's full name."""
+        if self.skip_modules is None:
+            return name == head and not self.int8_head
+        return any(
+            name == skip or name.startswith(f"{skip}.") or name.endswith(f".{skip}") or f".{skip}." in name
+            for skip in self.skip_modules
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold; `from_dict` takes it back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The config that `to_dict` wrote."""
+        return cls.model_validate(values)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much work a plan leaves room for: `sequences` at once, of `context` tokens each.
+
+    `chunk` is how many tokens of a prompt run at once. Raises PlanError for less than one of any.
+    """
+
+    context: int = DEFAULT_CONTEXT
+    sequences: int = 1
+    chunk: int = PREFILL_CHUNK
+
+    def __post_init__(self) -> None:
+        if self.context < 1 or self.sequences < 1 or self.chunk < 1:
+            raise PlanError(
+                f"context {self.context}, batch size {self.sequences} and prompt chunk {self.chunk} must be at least 1"
+            )
+
+    @classmethod
+    def of(cls, context: int | None, sequences: int, longest: int | None) -> Self:
+        """The work asked for. Without a `context` it is the default, or the model's `longest` if that is shorter."""
+        return cls(min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT) if context is None else context, sequences)
+
+
+@dataclass(frozen=True)
+class Access:
+    """What may be fetched and run: a branch, tag or commit on the hub, and Python code that a checkpoint brings."""
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+DeviceKind = Literal["auto", "cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where workers run: the kind of device, whichever is there for "auto", and the address of a Ray cluster, None for
+    this machine."""
+
+    device: DeviceKind = "auto"
+    address: str | None = None
+
+
+def dtype_name(dtype: object) -> Dtype:
+    """A dtype by name, from "auto", a name or a torch dtype. Raises BigInt8Error for one that no model computes in."""
+    name = str(dtype).removeprefix("torch.")
+    if name != "auto" and name not in FLOAT_BYTES:
+        raise BigInt8Error(f"dtype={name}: must be auto, {', '.join(FLOAT_BYTES)}")
+    return name  # type: ignore[return-value]

@@ -1,0 +1,163 @@
+"""What devices this machine, or a preset of one, has: kind, memory and the 16-bit format it is fast at."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from ..errors import BigInt8Error
+from ..options import DeviceKind
+from ..sources.presets import read_yaml
+from ..units import GIB, MIB
+from . import nvidia
+
+CONTEXT_BYTES = 500 * MIB
+"""Held back on each GPU for the CUDA context: 300 to 500 MiB have been seen."""
+
+SLACK_BYTES = 256 * MIB
+"""Held back on each GPU for cuBLAS workspaces and for what torch's allocator cannot hand out."""
+
+HOST_RESERVE_BYTES = GIB
+"""Held back of the host's memory for Python, its libraries and the rest of the machine."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device: `name` as torch spells it ("cuda:0", "cpu"), `usable_bytes` for weights, cache and workspace.
+
+    `fast_16bit` is the 16-bit format it multiplies fast, None where float32 is faster than either.
+    """
+
+    name: str
+    model: str
+    usable_bytes: int
+    fast_16bit: str | None
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+
+class GpuPreset(BaseModel):
+    """One entry of configs/gpus.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    cuda_gib: float
+    fast_16bit: Literal["float16", "bfloat16"]
+    source: str
+
+
+def gpu_presets() -> dict[str, GpuPreset]:
+    """The GPUs that one can plan for without owning them, by name."""
+    return {name: GpuPreset.model_validate(entry) for name, entry in read_yaml("gpus.yaml").items()}
+
+
+def preset_gpus(name: str, count: int) -> list[Device]:
+    """`count` GPUs of a preset. Raises BigInt8Error for a name that is not in configs/gpus.yaml."""
+    presets = gpu_presets()
+    if name not in presets:
+        raise BigInt8Error(f"gpu_type={name}: no such GPU preset; there are {', '.join(sorted(presets))}")
+    gpu = presets[name]
+    usable = int(gpu.cuda_gib * GIB) - CONTEXT_BYTES - SLACK_BYTES
+    return [Device(f"cuda:{i}", gpu.model, usable, gpu.fast_16bit) for i in range(count)]
+
+
+def cuda_devices() -> list[Device]:
+    """The CUDA GPUs of this machine, with the memory that is free now. No CUDA context is created for the question."""
+    return [
+        Device(
+            f"cuda:{i}",
+            gpu.name,
+            max(0, gpu.free_bytes - CONTEXT_BYTES - SLACK_BYTES),
+            "bfloat16" if gpu.capability >= (8, 0) else "float16",
+        )
+        for i, gpu in enumerate(nvidia.find_gpus())
+    ]
+
+
+def cpu_device(share: int = 1) -> Device:
+    """The CPU, or one of `share` equal shares of its memory."""
+    usable = max(0, available_memory() - HOST_RESERVE_BYTES) // share
+    return Device("cpu", _cpu_model(), usable, "bfloat16" if _cpu_has_bf16() else None)
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes of host memory that can be had without swapping, within this process's control group."""
+    available = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            available = min(available, int(limit) - used + int(reclaimable.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # no control group, or one that sets no limit
+    return available
+
+
+def find_devices(kind: DeviceKind = "auto", count: int | None = None) -> tuple[list[Device], str | None]:
+    """`count` devices of this machine (all GPUs, or one CPU worker, by default) and a note for the user, or None.
+
+    "auto" is the GPUs if there are any, else CPU workers that share the machine's memory, which the note says.
+    Raises BigInt8Error when `kind` is "cuda" and there is no GPU, or fewer GPUs than asked for.
+    """
+    gpus = [] if kind == "cpu" else cuda_devices()
+    if gpus:
+        if count is not None and count > len(gpus):
+            raise BigInt8Error(f"gpus={count}: this machine has {len(gpus)}; name at most that many")
+        return gpus[:count], None
+    if kind == "cuda":
+        raise BigInt8Error("device=cuda: no CUDA GPU was found on this machine; device=cpu runs on the CPU")
+    count = count or 1
+    note = None if kind == "cpu" else f"no GPU was found: {count} CPU worker{'s' if count > 1 else ''} instead"
+    return [cpu_device(share=count)] * count, note
+
+
+def pick_dtype(requested: str, stored: str, devices: list[Device]) -> str:
+    """The dtype of everything that is not int8, by name.
+
+    "auto" is the dtype that the checkpoint stores, unless a device is slow at it: then the 16-bit format that every
+    device is fast at, or float32.
+    """
+    if requested != "auto":
+        return requested
+    if stored == "float32" or all(device.fast_16bit == stored for device in devices):
+        return stored
+    if all(device.kind == "cuda" for device in devices) and stored == "float16":
+        return stored  # every GPU is fast at float16
+    fast = {device.fast_16bit for device in devices}
+    if None in fast:
+        return "float32"
+    return str(fast.pop()) if len(fast) == 1 else "float16"  # a GPU that is slow at bfloat16 among others
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,110 @@
+"""The plan: which stage lives on which device, with the bytes of each. What it says is what the loader does."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import BigInt8Error
+from ..options import Workload
+from ..units import FLOAT_BYTES
+from .devices import Device
+from .memory import kv_bytes
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: what lives on a device, by module, and what it takes there, in bytes.
+
+    It has blocks [first_block, last_block). `workspace_bytes` is an estimate of what loading or a forward pass needs
+    besides; the rest is exact.
+    """
+
+    index: int
+    device: Device
+    first_block: int
+    last_block: int
+    modules: tuple[str, ...]
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What stays free; negative when the stage does not fit."""
+        return self.device.usable_bytes - self.weight_bytes - self.kv_bytes - self.workspace_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a model's stages live. `dtype` is that of everything that is not int8.
+
+    `notes` are what a person should know of it: what was changed so that it fits.
+    """
+
+    spec: ModelSpec
+    workload: Workload
+    dtype: str
+    stages: tuple[Stage, ...]
+    notes: tuple[str, ...] = ()
+
+    def device_map(self) -> dict[str, str]:
+        """The device of each module."""
+        return {module: stage.device.name for stage in self.stages for module in stage.modules}
+
+    def check_room(self, sequences: int, tokens: int) -> None:
+        """Raise BigInt8Error unless so many sequences of so many tokens, these included, have room in the caches.
+
+        More sequences than planned are fine while they are short enough to take no more room.
+        """
+        context = self.workload.context
+        if tokens > context:
+            raise BigInt8Error(
+                f"{tokens} tokens in one sequence, but the model was loaded for a context of {context}; shorten the "
+                "prompt, ask for fewer new tokens, or load with a larger context="
+            )
+        if sequences > self.workload.sequences and self._room(sequences, tokens) > self._room():
+            raise BigInt8Error(
+                f"{sequences} sequences of {tokens} tokens at once, but the model was loaded for "
+                f"{self.workload.sequences} of {context}; run fewer at a time, or load with a larger batch_size="
+            )
+
+    def _room(self, sequences: int | None = None, tokens: int | None = None) -> int:
+        sequences, tokens = sequences or self.workload.sequences, tokens or self.workload.context
+        layout = self.spec.layout
+        return sequences * tokens if layout is None else kv_bytes(layout, tokens, sequences, FLOAT_BYTES[self.dtype])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, head room included."""
+        return {
+            "model": self.spec.name,
+            "dtype": self.dtype,
+            "context": self.workload.context,
+            "batch_size": self.workload.sequences,
+            "chunk": self.workload.chunk,
+            "int8": self.spec.int8.to_dict(),
+            "notes": list(self.notes),
+            "stages": [asdict(stage) | {"headroom_bytes": stage.headroom_bytes} for stage in self.stages],
+        }
+
+
+class DeviceMap(Mapping[str, str]):
+    """Devices by module name; a name below a mapped module has that module's device."""
+
+    def __init__(self, devices: Mapping[str, str]) -> None:
+        self._devices = dict(devices)
+
+    def __getitem__(self, name: str) -> str:
+        """The device of the longest mapped name that `name` is or lies under. Raises KeyError if there is none."""
+        above = name
+        while above not in self._devices:
+            if not above:
+                raise KeyError(name)
+            above = above.rpartition(".")[0]
+        return self._devices[above]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._devices)
+
+    def __len__(self) -> int:
+        return len(self._devices)

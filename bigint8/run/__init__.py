@@ -1,0 +1,1 @@
+"""Running a pipeline: workers, what they say to each other, the driver."""

@@ -1,0 +1,83 @@
+"""The Ray cluster that workers run on: one of our own on loopback, or one that is there."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray.exceptions import RayError
+
+from ..errors import WorkerError, in_one_line
+
+OBJECT_STORE_BYTES = 2**30
+"""Of a cluster that we start: only hidden states and logits pass through it."""
+
+
+def connect(workers: int | None, address: str | None) -> bool:
+    """Connect to the cluster at `address`, or start one for so many workers that listens on loopback only.
+
+    Returns whether this call did it: it did not if the process is connected already. Raises WorkerError for a cluster
+    that cannot be reached or started.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address is not None:
+            ray.init(address=address, **quiet)
+        else:
+            # The plan has counted the memory: Ray's watchdog would only kill workers where it is nearly full. And the
+            # workers are what this machine is to do, so they run at the priority of the driver.
+            os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+            os.environ.setdefault("RAY_worker_niceness", "0")
+            with _loopback_only():
+                ray.init(
+                    address="local",
+                    num_cpus=max(workers or 1, os.cpu_count() or 1),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    **quiet,
+                )
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        where = f"address={address}: the Ray cluster" if address else "a local Ray cluster"
+        raise WorkerError(f"{where} cannot be reached or started: {in_one_line(error)}") from error
+    return True
+
+
+def pick(workers: int | None, device: str) -> tuple[str, int]:
+    """The kind of device and the number of workers, from what is asked for and what the cluster has.
+
+    Raises WorkerError where it has too little.
+    """
+    there = ray.cluster_resources()
+    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    kind = device if device != "auto" else ("cuda" if gpus else "cpu")
+    workers = workers or (gpus if kind == "cuda" and gpus else 1)
+    if kind == "cuda" and gpus < workers:
+        raise WorkerError(f"gpus={workers}: the cluster has {gpus} GPUs; name at most that many, or device=cpu")
+    if kind == "cpu" and cpus < workers:
+        raise WorkerError(f"gpus={workers}: the cluster has {cpus} CPUs for CPU workers; name at most that many")
+    return kind, workers
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray started in here listens on 127.0.0.1 only.
+
+    Ray does that by itself on Windows and macOS, where this variable turns it off; on Linux it replaces a loopback
+    address that it is given by one that others can reach, so the same switch is the only way.
+    """
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    environment = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        if environment is not None:
+            os.environ[name] = environment

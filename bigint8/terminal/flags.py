@@ -1,0 +1,163 @@
+"""What the command lines share: flags, each once; and how errors and signals end a command.
+
+A command is a function of one object, a dataclass whose fields are its flags; `command` makes the command line of it.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from ..errors import BigInt8Error
+from ..options import Access, DeviceKind, Dtype, Workload
+from ..plan.cut import fewest_devices
+from ..plan.devices import Device, cuda_devices, find_devices, gpu_presets, preset_gpus
+from ..plan.spec import ModelSpec
+from ..units import parse_bytes
+
+DEFAULT_GPU_TYPE = "rtx-3090"
+
+Source = Annotated[str, typer.Argument(help="A checkpoint folder, a preset or a hub id.")]
+Int8Head = Annotated[bool, typer.Option("--int8-head", help="The output head in int8 too.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write what was found here, as JSON.")]
+
+
+@dataclass(kw_only=True)
+class AccessFlags:
+    """What may be fetched and run."""
+
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
+    ] = False
+
+    def access(self) -> Access:
+        return Access(self.revision, self.trust_remote_code)
+
+
+@dataclass(kw_only=True)
+class PlanFlags:
+    """What a plan is for: how many devices of which kind, and how much work."""
+
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many devices: all GPUs, or 1 CPU, by default.")] = None
+    gpu_type: Annotated[
+        str | None, typer.Option(help=f"Plan for GPUs of this kind instead of this machine's: {DEFAULT_GPU_TYPE}, ...")
+    ] = None
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence to leave room for (2048).")] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 1
+    dtype: Annotated[Dtype, typer.Option(help="Of what is not int8.")] = "auto"
+
+    def workload(self, spec: ModelSpec) -> Workload:
+        return spec.workload(self.context, self.batch_size)
+
+    def devices_to_plan_for(self, spec: ModelSpec, kind: DeviceKind = "auto") -> tuple[list[Device], str | None]:
+        """The devices of a plan that need not be there, and a note that says so."""
+        if self.gpu_type is None and (kind != "auto" or cuda_devices()):
+            return find_devices(kind, self.gpus)
+        name = self.gpu_type or DEFAULT_GPU_TYPE
+        one = preset_gpus(name, 1)[0]
+        count = self.gpus or fewest_devices(spec, one, self.workload(spec))
+        note = f"planned for {count} x {one.model}"
+        if self.gpu_type is None:
+            note = f"no GPU was found: {note}; --gpu-type names another ({', '.join(sorted(gpu_presets()))})"
+        return preset_gpus(name, count), note
+
+
+Flags = TypeVar("Flags")
+
+
+def command(app: typer.Typer, flags: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[[Flags], None]]:
+    """Register a function of one such object as a command of `app`."""
+
+    def register(function: Callable[[Flags], None]) -> Callable[[Flags], None]:
+        def run(**given: Any) -> None:
+            function(flags(**given))
+
+        hints = get_type_hints(flags, include_extras=True)
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in dataclasses.fields(flags)  # type: ignore[arg-type]
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__doc__ = function.__doc__
+        app.command()(run)
+        return function
+
+    return register
+
+
+def new_app() -> typer.Typer:
+    """A command line: plain help, no traceback dressed up."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def bytes_of_flag(flag: str, size: str) -> int:
+    """A positive number of bytes that a flag names. Raises BigInt8Error, with the flag's name, for anything else."""
+    try:
+        parsed = parse_bytes(size)
+    except ValueError:
+        parsed = 0
+    if parsed < 1:
+        raise BigInt8Error(f"{flag} {size}: write it as 500MB or 5GiB")
+    return parsed
+
+
+def write_json(file: Path | None, result: dict[str, Any]) -> None:
+    """Write what --json asks for. Raises BigInt8Error for a file that cannot be written."""
+    if file is not None:
+        try:
+            file.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BigInt8Error(f"--json {file}: {error.strerror}") from None
+
+
+def unwind_on_sigterm() -> None:
+    """A plain kill ends the workers too: SystemExit unwinds through the pipeline's context manager."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+PARAMETERS = (
+    "address", "batch_size", "checkpoint", "context", "device", "dtype", "gpus", "gpu_type", "int8_head", "overwrite",
+    "revision", "trust_remote_code",
+)  # fmt: skip
+"""What the library's errors call parameters, written `name=value` or `name=`, and the commands have as flags."""
+
+
+def with_flags(message: str) -> str:
+    """An error of the library as the command line says it: with flags in the place of parameters."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1].replace("_", "-"), found[2]
+        return f"--{name}" if value in ("", "True") else f"--{name} {value}"
+
+    return re.sub(rf"\b({'|'.join(PARAMETERS)})=([\w./:-]*\w|)", flag, message)
+
+
+def run_command(app: typer.Typer) -> None:
+    """Run a command line; errors of bigint8 are printed without a traceback and exit with 2."""
+    unwind_on_sigterm()
+    try:
+        app()
+    except BigInt8Error as error:
+        print(f"error: {with_flags(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
