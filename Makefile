@@ -2,7 +2,7 @@
 # that is assumed. TORCH is pinned because an unpinned torch brings several GB of CUDA to machines without a GPU.
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= The capital of France is
+PROMPT ?= What is the capital of France?
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 

@@ -15,7 +15,6 @@ from .errors import CheckpointError
 from .options import SHARD_BYTES, Access, Cluster, Int8Config, Workload, dtype_name
 from .plan.cut import make_plan
 from .plan.devices import find_devices
-from .plan.plan import Plan
 from .plan.spec import ModelSpec, spec_of
 from .sources.find import Source, find_source
 

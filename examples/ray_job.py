@@ -9,29 +9,17 @@ import sys
 
 from transformers import AutoTokenizer
 
-from bigint8.checkpoint.headers import open_checkpoint
-from bigint8.families.table import layout_of
-from bigint8.plan.cut import make_plan
-from bigint8.plan.devices import pick_dtype
-from bigint8.run.pipeline import Pipeline
-from bigint8.sources.find import find_source
+from bigint8 import Cluster, Workload, open_pipeline
 
 PROMPT = "The capital of France is"
 
 
 def main(name: str, workers: int) -> None:
-    source = find_source(name)
-    if source.folder is None:
-        raise source.not_found()
-    with Pipeline(workers, address="auto") as pipeline:
-        devices = pipeline.devices()
-        dtype = pick_dtype("auto", stored_dtype(open_checkpoint(source.folder)), devices)
-        plan = make_plan(name, layout_of(source.config()), devices, dtype, context=512)
-        pipeline.load(source.folder, plan, progress=False)
-        model = pipeline.model(source.folder, plan)
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-        output = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=16, do_sample=False)
-        print(f"{len(plan.stages)} workers: {tokenizer.decode(output[0], skip_special_tokens=True)}")
+    there = Cluster(address="auto")
+    with open_pipeline(name, workers, workload=Workload(context=512), cluster=there, progress=False) as pipeline:
+        tokenizer = AutoTokenizer.from_pretrained(pipeline.plan.spec.folder)
+        output = pipeline.model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=16, do_sample=False)
+        print(f"{len(pipeline.plan.stages)} workers: {tokenizer.decode(output[0], skip_special_tokens=True)}")
 
 
 if __name__ == "__main__":

@@ -7,30 +7,17 @@ import sys
 
 from transformers import AutoTokenizer
 
-from bigint8.checkpoint.headers import open_checkpoint
-from bigint8.families.table import layout_of
-from bigint8.plan.cut import make_plan
-from bigint8.plan.devices import pick_dtype
-from bigint8.run.pipeline import Pipeline
-from bigint8.sources.find import find_source
+from bigint8 import Workload, open_pipeline
 
 PROMPT = "The capital of France is"
 
 
 def main(name: str) -> None:
-    source = find_source(name)
-    if source.folder is None:
-        raise source.not_found()
-    with Pipeline(workers=2) as pipeline:
-        devices = pipeline.devices()
-        dtype = pick_dtype("auto", stored_dtype(open_checkpoint(source.folder)), devices)
-        plan = make_plan(name, layout_of(source.config()), devices, dtype, context=512)
-        for stage in plan.stages:
+    with open_pipeline(name, gpus=2, workload=Workload(context=512)) as pipeline:
+        for stage in pipeline.plan.stages:
             print(f"stage {stage.index} on {stage.device.name}: blocks {stage.first_block} to {stage.last_block - 1}")
-        pipeline.load(source.folder, plan)
-        model = pipeline.model(source.folder, plan)
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-        output = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=16, do_sample=False)
+        tokenizer = AutoTokenizer.from_pretrained(pipeline.plan.spec.folder)
+        output = pipeline.model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=16, do_sample=False)
         print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 

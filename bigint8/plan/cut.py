@@ -195,6 +195,5 @@ def _does_not_fit(plan: Plan, devices: Sequence[Device]) -> str:
         f"{plan.spec.name} does not fit: it needs {readable(weights + kv + workspace)} ({readable(weights)} of "
         f"weights, {readable(kv)} of KV cache, {readable(workspace)} of workspace) and {len(devices)} x "
         f"{worst.device.model} have {readable(there)}; stage {worst.index} on {worst.device.name} lacks "
-        f"{readable(-worst.headroom_bytes)}. What would help: {"; ".join(helps)}"
-        f"What would help: {'; '.join(helps)}"
+        f"{readable(-worst.headroom_bytes)}. What would help: {'; '.join(helps)}"
     )
