@@ -9,6 +9,7 @@ import torch
 from bigint8_kernels import (
     copy_values,
     cpu,
+    cpu_threads,
     float_linear,
     generic,
     int8_linear,
@@ -26,12 +27,12 @@ DTYPES = sorted(TOLERANCE, key=str)
 @contextmanager
 def many_threads(wanted: bool) -> Iterator[None]:
     """Kernels run on all threads however small their work, or on one however large."""
-    before = cpu.PARALLEL_VALUES
-    cpu.PARALLEL_VALUES = 0 if wanted else 2**62
+    before = cpu_threads.PARALLEL_VALUES
+    cpu_threads.PARALLEL_VALUES = 0 if wanted else 2**62
     try:
         yield
     finally:
-        cpu.PARALLEL_VALUES = before
+        cpu_threads.PARALLEL_VALUES = before
 
 
 def random_weight(n: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
