@@ -55,8 +55,7 @@ def _cache_of(package: Path) -> Path:
     """Where numba keeps what it compiled of a package: beside it, or in a folder of its own in NUMBA_CACHE_DIR."""
     if not config.CACHE_DIR:
         return package / "__pycache__"
-    locator = caching.UserProvidedCacheLocator
-    return Path(config.CACHE_DIR, locator.get_suitable_cache_subpath(str(package / "__init__.py")))
+    return Path(config.CACHE_DIR, caching._CacheLocator.get_suitable_cache_subpath(str(package / "__init__.py")))
 
 
 def compile_in_turns(compilations: Mapping[str, Callable[[], None]], folder: Path) -> None:
