@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import threading
 import warnings
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -45,6 +46,16 @@ def backend_of(device: torch.device) -> Literal["cpu", "triton", "torch"]:
     name = torch.cuda.get_device_name(device)
     warnings.warn(f"{device} ({name}) runs int8 layers in plain torch, which is slower: {reason}", stacklevel=2)
     return "torch"
+
+
+def compile_cpu_kernels(dtypes: Iterable[torch.dtype]) -> float:
+    """Compile the CPU's kernels, or load them from numba's cache, before they are needed: seconds it took.
+
+    `dtypes` are those in which weights are stored. See `cpu_ahead`, which takes as long to import as numba does.
+    """
+    from . import cpu_ahead
+
+    return cpu_ahead.compile_cpu_kernels(dtypes)
 
 
 def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
