@@ -69,6 +69,27 @@ def test_int8_becomes_float_without_conversion_instructions(compiled):
             assert not any(name.startswith("I2F") for name in found["loop"]), named(found)
 
 
+def test_one_row_is_multiplied_without_waiting_for_other_threads(compiled):
+    for found in one_row(compiled):
+        waits = [name for name in found["loop"] if name.startswith(("BAR", "WARPSYNC", "LDS", "STS", "DEPBAR"))]
+        assert waits == [], named(found)
+
+
+def test_one_row_takes_at_most_4_instructions_a_weight(compiled):
+    """Least with float32 sums: a byte placed, an offset taken off and a multiplication, and a fraction of the rest."""
+    for found in one_row(compiled):
+        instructions = sum(found["loop"].values()) * 32 / found["variant"]["weights"]
+        assert 3 < instructions <= 4, f"{named(found)}: {instructions:.2f}"
+
+
+def one_row(compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [f for f in compiled if f["variant"]["kernel"] == "int8_gemv" and f["variant"]["label"].startswith("1 x")]
+    assert {(f["variant"]["dtype"], f["variant"]["capability"]) for f in found} == {
+        (dtype, capability) for dtype in ("fp16", "bf16", "fp32") for capability in ARCHITECTURES
+    }
+    return found
+
+
 def test_the_tiles_are_those_of_their_arithmetic():
     for name, tiles in MATMUL_TILES.items():
         limit = int(name.split()[0]) * 1024
@@ -91,7 +112,8 @@ def test_a_gpu_older_than_8_0_is_refused():
 
 
 def test_k_is_split_only_as_far_as_the_gpu_needs_and_k_allows():
-    assert split_of(1000, 82, 24) == 1
-    assert split_of(64, 82, 24) == 4
-    assert split_of(1, 82, 100) == 8
-    assert split_of(1, 82, 3) == 1
+    assert split_of(1000, 4, 82, 24) == 1
+    assert split_of(64, 4, 82, 24) == 4
+    assert split_of(64, 2, 82, 24) == 8
+    assert split_of(1, 4, 82, 100) == 8
+    assert split_of(1, 4, 82, 3) == 1

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from . import generic
-from .gpu_tiles import Architecture, architecture_of, gemv_tile, matmul_tiles, split_of
+from .gpu_tiles import Architecture, GemvTile, MatmulTile, architecture_of, gemv_tile, matmul_tiles, split_of
 from .reference import Activations, resolve_activations, round_to_16bit
 from .triton_activations import quantize_activations
 from .triton_gemv import int8_gemv
@@ -58,21 +58,21 @@ def int8_linear(
     rows, features = x_TK.shape
     outputs = weight_NK.shape[0]
 
-    def split(tile_rows: int, tile_outputs: int, depth: int) -> int:
-        programs = triton.cdiv(rows, tile_rows) * triton.cdiv(outputs, tile_outputs)
-        return split_of(programs, gpu.processors, features // depth)
+    def split(tile: MatmulTile | GemvTile) -> int:
+        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
+        return split_of(programs, tile.warps, gpu.processors, features // tile.depth)
 
     if resolve_activations(activations, rows) == "16bit":
         if rows > MOST_GEMV_ROWS:
             return generic.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, "16bit")
         vector = gemv_tile(rows, is_float32)
-        vector = replace(vector, split=split(vector.rows, vector.outputs, vector.depth))
+        vector = replace(vector, split=split(vector))
         return int8_gemv(round_to_16bit(x_TK), weight_NK, scale_N, bias_N, vector)
     quantized = quantize_activations(x_TK, threshold)
     tiles = matmul_tiles(gpu.architecture, rows, is_float32)
     if triton.knobs.runtime.interpret:  # there is nothing to time
         tiles = tiles[:1]
     if len(tiles) == 1:
-        tiles = (replace(tiles[0], split=split(tiles[0].rows, tiles[0].outputs, tiles[0].depth)),)
+        tiles = (replace(tiles[0], split=split(tiles[0])),)
     q_TK, x_scale_T, outliers_C, count = quantized
     return int8_matmul(q_TK, x_scale_T, x_TK, outliers_C, count, weight_NK, scale_N, bias_N, tiles)

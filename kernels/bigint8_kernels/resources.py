@@ -139,13 +139,9 @@ def _matmul_variants(capability: int, dtype: str, tile: MatmulTile) -> Iterator[
 
 def _gemv_variants(capability: int, dtype: str, tile: GemvTile) -> Iterator[Variant]:
     weights = tile.outputs * tile.depth // tile.warps
-    for split, whole in product((False, True), (True, False)):
-        chosen = (
-            ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth),
-            ("SPLIT", split), ("WHOLE", whole),
-        )  # fmt: skip
-        label = f"{tile.rows} x {tile.outputs} x {tile.depth}{_label_of_k(split, whole)}"
-        yield Variant("int8_gemv", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
+    chosen = (("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth))
+    label = f"{tile.rows} x {tile.outputs} x {tile.depth}"
+    yield Variant("int8_gemv", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
 
 
 def _label_of_k(split: bool, whole: bool) -> str:

@@ -150,7 +150,7 @@ def int8_matmul(
     outputs = weight_NK.shape[0]
     y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device)
     split = tiles[0].split
-    sums = torch.zeros(rows, outputs, dtype=torch.int32, device=x_TK.device) if split > 1 else y_TN
+    sums = torch.zeros(rows, outputs, dtype=torch.int32, device=x_TK.device) if split > 1 else count
     bias, has_bias = y_TN if bias_N is None else bias_N, int(bias_N is not None)
     sizes = rows, outputs, features, x_TK.stride(0)
     pointers = q_TK, x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums
