@@ -24,8 +24,8 @@ def named(found: dict[str, Any]) -> str:
 def test_every_kernel_is_compiled_for_every_architecture(compiled):
     pairs = {(found["variant"]["kernel"], found["variant"]["capability"]) for found in compiled}
     kernels = {
-        "quantize_rows", "mark_outliers", "quantize_activations", "int8_matmul", "finish_matmul", "int8_gemv",
-        "add_parts",
+        "quantize_rows", "mark_outliers", "quantize_activations", "int8_matmul", "gather_columns",
+        "finish_matmul", "int8_gemv", "add_parts",
     }  # fmt: skip
     assert pairs == {(kernel, capability) for kernel in kernels for capability in ARCHITECTURES}
 
@@ -104,6 +104,14 @@ def test_the_tiles_are_those_of_their_arithmetic():
 def test_a_gpu_gets_the_tiles_of_the_newest_architecture_that_it_runs(capability, expected):
     assert architecture_of(*capability).capability == expected
     assert matmul_tiles(architecture_of(*capability), 2048)
+
+
+def test_a_tile_that_would_need_masks_is_no_choice_but_the_first():
+    ada = ARCHITECTURES[89]
+    first, wide, short = matmul_tiles(ada, 2048, features=4096)
+    assert matmul_tiles(ada, 2048, features=4096 + wide.depth) == (wide,)
+    assert matmul_tiles(ada, 2048, features=4095) == (first,)
+    assert short.depth == first.depth > wide.depth
 
 
 def test_a_gpu_older_than_8_0_is_refused():

@@ -10,6 +10,7 @@ import triton.language as tl
 from bigint8_kernels import dispatch, reference, triton_activations, triton_gemv, triton_matmul, triton_weights
 from bigint8_kernels.gpu import MOST_GEMV_ROWS, Gpu, int8_linear
 from bigint8_kernels.gpu_tiles import ARCHITECTURES, gemv_tile, matmul_tiles
+from bigint8_kernels.triton_matmul import GATHERED
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
@@ -209,6 +210,27 @@ def test_every_tile_multiplies_right_with_k_whole_and_split(rows, k, n, split, d
         y = triton_gemv.int8_gemv(x[:some], weight, scale, bias, tile)
         limit = TOLERANCE[dtype] * expected.abs().max()
         assert (y.double() - expected[:some]).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [GATHERED - 7, GATHERED, GATHERED + 7, 2 * GATHERED + 3])
+def test_more_outlier_columns_than_are_gathered_are_multiplied_right(k, dtype):
+    """All columns have outliers, so there are as many as features; rows fill several tiles and their last in part."""
+    weight, scale = random_weight(37, k, seed=k)
+    x = random_activations(139, k, dtype, "none", 1) + 20.0
+    y = int8_linear(x, weight, scale, None, 6.0, "int8", Gpu(ARCHITECTURES[86], 1))
+    assert_close(y, reference.int8_linear(x, weight, scale, None, 6.0, "int8", torch.float64))
+
+
+def test_outlier_columns_are_gathered_as_far_as_there_is_room():
+    k, n = GATHERED + 50, 70
+    weight, _ = random_weight(n, k, seed=1)
+    listed = torch.arange(k - 1, -1, -1, dtype=torch.int32, device=DEVICE)
+    for found in (0, 1, 33, GATHERED, k):
+        w_outliers = triton_matmul._gather_columns(weight, listed, torch.tensor([found], dtype=torch.int32).to(DEVICE))
+        expected = weight[:, listed[: min(found, GATHERED)].long()]
+        assert w_outliers.shape == (n, GATHERED)
+        assert torch.equal(w_outliers[:, : expected.shape[1]], expected)
 
 
 def test_the_largest_float16_and_sums_of_the_largest_products_stay_finite():

@@ -8,7 +8,16 @@ import triton
 from torch import Tensor
 
 from . import generic
-from .gpu_tiles import Architecture, GemvTile, MatmulTile, architecture_of, gemv_tile, matmul_tiles, split_of
+from .gpu_tiles import (
+    FEW_ROW_TILES,
+    Architecture,
+    GemvTile,
+    MatmulTile,
+    architecture_of,
+    gemv_tile,
+    matmul_tiles,
+    split_of,
+)
 from .reference import Activations, resolve_activations, round_to_16bit
 from .triton_activations import quantize_activations
 from .triton_gemv import int8_gemv
@@ -69,10 +78,10 @@ def int8_linear(
         vector = replace(vector, split=split(vector))
         return int8_gemv(round_to_16bit(x_TK), weight_NK, scale_N, bias_N, vector)
     quantized = quantize_activations(x_TK, threshold)
-    tiles = matmul_tiles(gpu.architecture, rows, is_float32)
+    tiles = matmul_tiles(gpu.architecture, rows, is_float32, features)
     if triton.knobs.runtime.interpret:  # there is nothing to time
         tiles = tiles[:1]
-    if len(tiles) == 1:
+    if is_float32 or rows <= max(FEW_ROW_TILES):
         tiles = (replace(tiles[0], split=split(tiles[0])),)
     q_TK, x_scale_T, outliers_C, count = quantized
     return int8_matmul(q_TK, x_scale_T, x_TK, outliers_C, count, weight_NK, scale_N, bias_N, tiles)

@@ -133,14 +133,21 @@ def architecture_of(major: int, minor: int) -> Architecture:
     return known[-1]
 
 
-def matmul_tiles(architecture: Architecture, rows: int, is_float32: bool = False) -> tuple[MatmulTile, ...]:
-    """The tiles to choose from for so many rows."""
+def matmul_tiles(
+    architecture: Architecture, rows: int, is_float32: bool = False, features: int = 0
+) -> tuple[MatmulTile, ...]:
+    """The tiles to choose from for so many rows of so many features.
+
+    A tile whose depth these are no multiple of loads with masks, which takes registers that the largest tile does not
+    have. There is nothing to choose then but the tiles that fit, or the first.
+    """
     if is_float32:
         return (FLOAT32_TILE,)
     for most, tile in FEW_ROW_TILES.items():
         if rows <= most:
             return (tile,)
-    return MATMUL_TILES["163 KB" if architecture.shared_bytes >= 163 * 1024 else "99 KB"]
+    tiles = MATMUL_TILES["163 KB" if architecture.shared_bytes >= 163 * 1024 else "99 KB"]
+    return tuple(tile for tile in tiles if features % tile.depth == 0) or tiles[:1]
 
 
 def gemv_tile(rows: int, is_float32: bool = False) -> GemvTile:
