@@ -71,7 +71,7 @@ def _finish(
 ):  # fmt: skip
     """The outlier part, both scales and the bias, and the store of a tile of Y.
 
-    If `is_gathered`, `w_outliers` int8 (N, GATHERED) has the columns of `w`; those beyond it, or all, are read from `w`.
+    If `is_gathered`, `w_outliers` int8 (N, GATHERED) has the columns of `w`; what is beyond it, or all, `w` itself has.
     """
     t_safe, n_safe = t % rows, n % outputs  # rows beyond the end read others', and are not stored
     total = acc.to(tl.float32) * tl.load(x_scale + t_safe)[:, None]
