@@ -1,5 +1,6 @@
 """The GPU kernels against the reference: on a GPU where there is one, in Triton's interpreter elsewhere."""
 
+import sys
 import warnings
 from dataclasses import replace
 
@@ -244,6 +245,29 @@ def test_the_largest_float16_and_sums_of_the_largest_products_stay_finite():
                 assert_close(y, reference.int8_linear(x, weight, scale, None, 0.0, activations, torch.float64))
 
 
+def test_tuning_that_had_too_little_memory_is_not_tried_again_for_these_rows(monkeypatch):
+    tries = []
+
+    class OutOfMemory:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                tries.append(grid)
+                raise torch.OutOfMemoryError
+
+            return launch
+
+    monkeypatch.setattr(triton_matmul, "_tuned", lambda tiles: OutOfMemory())
+    monkeypatch.setattr(triton_matmul, "_untuned", set())
+    weight, scale = random_weight(40, 128, seed=0)
+    tiles = matmul_tiles(ARCHITECTURES[86], 2048)
+    for rows, expected_tries in ((70, 1), (128, 1), (129, 2), (100, 2)):
+        x = random_activations(rows, 128, torch.float16, "some", rows)
+        q, x_scale, outliers, count = triton_activations.quantize_activations(x, 6.0)
+        y = triton_matmul.int8_matmul(q, x_scale, x, outliers, count, weight, scale, None, tiles)
+        assert_close(y, reference.int8_linear(x, weight, scale, None, 6.0, "int8", torch.float64))
+        assert len(tries) == expected_tries
+
+
 def test_many_rows_of_16_bit_activations_take_the_plain_path():
     weight, scale = random_weight(20, 50, seed=0)
     x = random_activations(MOST_GEMV_ROWS + 1, 50, torch.float16, "some", 0)
@@ -278,8 +302,56 @@ def test_an_old_gpu_is_served_by_plain_torch_and_told_so_once(capability):
 
 
 @pytest.mark.parametrize("version", [(8, 0), (8, 6), (9, 0), (12, 0)])
-def test_a_newer_gpu_is_served_by_triton(capability, version):
+def test_a_newer_gpu_is_served_by_triton(capability, version, monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_to_launch", lambda: None)
     assert dispatch.backend_of(capability(*version)) == "triton"
+
+
+@pytest.mark.parametrize("compiler", [None, "no-such-compiler"])
+def test_a_gpu_without_a_c_compiler_is_served_by_plain_torch_and_told_what_to_install(
+    capability, compiler, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    device = capability(8, 6)
+    with pytest.warns(UserWarning, match=f"plain torch.*C compiler.*{compiler or 'install gcc or clang'}"):
+        assert dispatch.backend_of(device) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.backend_of(device) == "torch"
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang", "my-cc"])
+def test_a_compiler_that_triton_finds_is_enough(capability, name, monkeypatch, tmp_path):
+    (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / name).chmod(0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    if name == "my-cc":
+        monkeypatch.setenv("CC", name)
+    assert dispatch.backend_of(capability(8, 6)) == "triton"
+
+
+def test_a_gpu_without_pythons_headers_is_served_by_plain_torch_and_told_what_to_install(
+    capability, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setenv("CC", sys.executable)
+    with pytest.warns(UserWarning, match=r"Python\.h.*python3-dev"):
+        assert dispatch.backend_of(capability(8, 6)) == "torch"
+
+
+def test_there_is_nothing_to_prepare_on_a_cpu():
+    dispatch.prepare_device(torch.device("cpu"), [(8, 8)], torch.float16, 128)
+
+
+def test_a_dtype_that_no_kernel_takes_is_not_prepared():
+    with pytest.raises(TypeError, match="float64"):
+        dispatch.prepare_device(torch.device("cpu"), [(8, 8)], torch.float64, 128)
 
 
 def test_other_devices_are_served_by_plain_torch():

@@ -2,8 +2,8 @@
 
 The linear layer multiplies in X's own dtype with a slice of the weight's rows at a time in that dtype, so no 16-bit
 copy of the whole weight ever exists. An int8 number is exact in each of them, and the scale of W is applied to Y: the
-slice takes 2 bytes a weight (4 for float32) and nothing of its size besides. LLM.int8() activations are rounded to their
-int8 grid first; with the outlier columns left as they are, one product gives both parts of the decomposition.
+slice takes 2 bytes a weight (4 for float32) and nothing of its size besides. LLM.int8() activations are rounded to
+their int8 grid first; with the outlier columns left as they are, one product gives both parts of the decomposition.
 """
 
 import torch

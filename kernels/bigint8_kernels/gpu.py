@@ -1,6 +1,7 @@
 """The int8 linear layer on GPUs of compute capability 8.0 and newer: which kernel and tile for how many rows."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from .gpu_tiles import (
     architecture_of,
     gemv_tile,
     matmul_tiles,
+    row_bucket,
     split_of,
 )
 from .reference import Activations, resolve_activations, round_to_16bit
@@ -85,3 +87,36 @@ def int8_linear(
         tiles = (replace(tiles[0], split=split(tiles[0])),)
     q_TK, x_scale_T, outliers_C, count = quantized
     return int8_matmul(q_TK, x_scale_T, x_TK, outliers_C, count, weight_NK, scale_N, bias_N, tiles)
+
+
+def prepare(
+    device: torch.device,
+    shapes: Iterable[tuple[int, int]],
+    dtype: torch.dtype,
+    most_rows: int,
+    activations: Activations,
+    gpu: Gpu,
+) -> None:
+    """Launch what `int8_linear` does for up to `most_rows` rows of X in `dtype`, for each (out_features, in_features).
+
+    That compiles these kernels, and tunes those that have several tiles. The weights are empty memory. Where there is
+    not enough for all outputs of a layer, the kernels are compiled with some of them, and tuned at the first prompt.
+    """
+    buckets = (1, 2, *(2**i for i in range(5, row_bucket(most_rows).bit_length())), most_rows)
+    for outputs, features in dict.fromkeys(shapes):
+        weight_NK = _empty_weight(outputs, features, device)
+        scale_N = torch.ones(len(weight_NK), dtype=torch.float32, device=device)
+        for rows in dict.fromkeys(min(rows, most_rows) for rows in buckets):
+            x_TK = torch.zeros(rows, features, dtype=dtype, device=device)
+            int8_linear(x_TK, weight_NK, scale_N, None, 6.0, activations, gpu)
+
+
+def _empty_weight(outputs: int, features: int, device: torch.device) -> Tensor:
+    """int8 (N, K) of as many outputs as there is memory for: these, or a half, a quarter and so on."""
+    while True:
+        try:
+            return torch.empty(outputs, features, dtype=torch.int8, device=device)
+        except torch.OutOfMemoryError:
+            if outputs < 2 * ALIGNMENT:
+                raise
+            outputs = outputs // 2 // ALIGNMENT * ALIGNMENT
