@@ -16,7 +16,15 @@ Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
 - `dispatch`: which of them serves a device. The functions here are its own.
 """
 
-from .dispatch import compile_cpu_kernels, copy_values, float_linear, int8_linear, quantize_rows, quantize_rows_counting
+from .dispatch import (
+    compile_cpu_kernels,
+    copy_values,
+    float_linear,
+    int8_linear,
+    prepare_device,
+    quantize_rows,
+    quantize_rows_counting,
+)
 from .reference import FEW_ROWS, Activations
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "copy_values",
     "float_linear",
     "int8_linear",
+    "prepare_device",
     "quantize_rows",
     "quantize_rows_counting",
 ]
