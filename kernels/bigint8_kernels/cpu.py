@@ -22,6 +22,7 @@ from .cpu_threads import Work, blocks_of, kernel, threads_for, work_at
 from .cpu_weights import row_scale
 from .numba_bits import (
     float32_at,
+    int8_at,
     int16_at,
     int32_at,
     magnitude,
@@ -31,6 +32,8 @@ from .numba_bits import (
     uint8_at,
 )
 from .reference import BLOCK, FEW_ROWS, LARGEST_INT16, SMALLEST_BLOCK_ABSMAX, Activations, resolve_activations
+
+CACHE_LINE = 64
 
 # --- activations to integers ---
 
@@ -48,7 +51,7 @@ def _largest(x_K, features):
 
 @kernel
 def to_int8(address, part, parts):
-    """int8 values (as int16) and scales of rows in one pass, as long as none has an outlier; marks outlier columns."""
+    """int8 values and scales of rows in one pass, as long as none has an outlier; marks outlier columns."""
     work = work_at(address)
     features, blocks = work.features, blocks_of(work.features)
     outliers_K = uint8_at(work.outliers, 0)
@@ -63,13 +66,18 @@ def to_int8(address, part, parts):
         x_scale_B = float32_at(work.x_scale, t * blocks)
         for b in range(blocks):
             x_scale_B[b] = scale
-        for k in range(features):
-            q_K[k] = round_to_int8(x_K[k] * inverse)
+        if work.narrow:
+            narrow_K = int8_at(work.q, t * features)
+            for k in range(features):
+                narrow_K[k] = round_to_int8(x_K[k] * inverse)
+        else:
+            for k in range(features):
+                q_K[k] = round_to_int8(x_K[k] * inverse)
 
 
 @kernel
 def to_int8_without(address, part, parts):
-    """int8 values (as int16) and scales of rows, outlier columns left out: their values are zero."""
+    """int8 values and scales of rows, outlier columns left out: their values are zero."""
     work = work_at(address)
     features, blocks = work.features, blocks_of(work.features)
     outliers_K = uint8_at(work.outliers, 0)
@@ -84,8 +92,13 @@ def to_int8_without(address, part, parts):
         x_scale_B = float32_at(work.x_scale, t * blocks)
         for b in range(blocks):
             x_scale_B[b] = scale
-        for k in range(features):
-            q_K[k] = round_to_int8(np.float32(0.0) if outliers_K[k] else x_K[k] * inverse)
+        if work.narrow:
+            narrow_K = int8_at(work.q, t * features)
+            for k in range(features):
+                narrow_K[k] = round_to_int8(np.float32(0.0) if outliers_K[k] else x_K[k] * inverse)
+        else:
+            for k in range(features):
+                q_K[k] = round_to_int8(np.float32(0.0) if outliers_K[k] else x_K[k] * inverse)
 
 
 @kernel
@@ -113,28 +126,31 @@ def _quantize(work: Work, outliers_K: Tensor, parts: int) -> None:
 
 
 class _Integers:
-    """Memory for X as integers, which lives as long as this: float32 scales (T, B), then int16 values (T, K)."""
+    """Memory for X as integers, which lives as long as this: the addresses of int16 (T, K) and float32 scales (T, B).
+
+    The integers begin with a cache line, so that no vector lies in two where K is a multiple of 32.
+    """
 
     def __init__(self, tokens: int, features: int) -> None:
-        scale_bytes = 4 * tokens * -(-features // BLOCK)
-        memory: Any = np.empty(scale_bytes + 2 * tokens * features, np.uint8)
+        q_bytes = -(-2 * tokens * features // CACHE_LINE) * CACHE_LINE
+        memory: Any = np.empty(CACHE_LINE + q_bytes + 4 * tokens * -(-features // BLOCK), np.uint8)
         self._first = c_byte.from_buffer(memory)
-        self.x_scale = addressof(self._first)
-        self.q = self.x_scale + scale_bytes
+        self.q = -(-addressof(self._first) // CACHE_LINE) * CACHE_LINE
+        self.x_scale = self.q + q_bytes
 
 
 def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize_activations` of float32 X: int8 (T, K), float32 scales (T,), outlier mask (K,)."""
     tokens, features = x_TK.shape
-    q_TK, x_scale_TB = torch.empty(tokens, features, dtype=torch.int16), torch.empty(tokens, -(-features // BLOCK))
+    q_TK, x_scale_TB = torch.empty(tokens, features, dtype=torch.int8), torch.empty(tokens, -(-features // BLOCK))
     outliers_K = torch.zeros(features, dtype=torch.bool)
     work = Work(
         x=x_TK.data_ptr(), q=q_TK.data_ptr(), x_scale=x_scale_TB.data_ptr(), outliers=outliers_K.data_ptr(),
-        tokens=tokens, features=features, threshold=threshold,
+        tokens=tokens, features=features, narrow=1, threshold=threshold,
     )  # fmt: skip
     with threads_for(x_TK.numel()) as parts:
         _quantize(work, outliers_K, parts)
-    return q_TK.to(torch.int8), x_scale_TB[:, 0], outliers_K
+    return q_TK, x_scale_TB[:, 0], outliers_K
 
 
 # --- products ---

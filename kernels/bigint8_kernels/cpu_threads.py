@@ -35,14 +35,15 @@ _numba_threads = threading.local()
 class Work(ctypes.Structure):
     """What a kernel of a linear layer reads and writes: addresses, sizes, and the threshold of outliers.
 
-    x float (T, K); q int16 (T, K) and x_scale float32 (T, B), what X is turned into; outliers bool (K,); weight (N, K);
-    scale float32 (N,); bias float32 (N,), or 0 for none; sums int32 (T, N); y float32 (T, N). Addresses that the
-    called kernels do not read may be 0. All are contiguous. Passing them so takes less time than passing arrays.
+    x float32 (T, K); q int16 (T, K), or int8 if `narrow`, and x_scale float32 (T, B), what X is turned into; outliers
+    bool (K,); weight (N, K); scale float32 (N,); bias float32 (N,), or 0 for none; sums int32 (T, N); y float32 (T, N).
+    Addresses that the called kernels do not read may be 0. All are contiguous. To pass them so takes less time than to
+    pass arrays.
     """
 
     _fields_ = [
         *((name, ctypes.c_ssize_t) for name in ("x", "q", "x_scale", "outliers", "weight", "scale", "bias", "sums")),
-        *((name, ctypes.c_ssize_t) for name in ("y", "tokens", "features", "rows")),
+        *((name, ctypes.c_ssize_t) for name in ("y", "tokens", "features", "rows", "narrow")),
         ("threshold", ctypes.c_float),
     ]
 
