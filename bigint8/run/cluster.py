@@ -11,6 +11,7 @@ from ray._private import parameter, ray_constants
 from ray.exceptions import RayError
 
 from ..errors import WorkerError, in_one_line
+from ..plan.devices import wait_without_spinning
 
 OBJECT_STORE_BYTES = 2**30
 """Of a cluster that we start: only hidden states and logits pass through it."""
@@ -34,6 +35,7 @@ def connect(workers: int | None, address: str | None) -> bool:
             # workers are what this machine is to do, so they run at the priority of the driver.
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")
+            wait_without_spinning()
             with _loopback_only(), _without_monitors():
                 ray.init(
                     address="local",
