@@ -85,9 +85,9 @@ def prepare_layers(
 ) -> None:
     """Compile and tune now what `int8_linear` would at the first token and the first prompts with these int8 weights.
 
-    `dtype` is that of X, `most_rows` the most tokens that a prompt brings at once. Call it when the weights are loaded,
-    which are multiplied as they are: what it takes besides is X, Y and, to tune, 256 MiB for a moment. Where nothing was
-    compiled before it takes long. Does nothing for devices that Triton does not serve. Raises TypeError for another
+    `dtype` is that of X, `most_rows` the most tokens that a prompt brings at once. Call it when the weights are loaded:
+    they are multiplied as they are, and what it takes besides is X, Y and, to tune, 256 MiB for a moment. Where nothing
+    was compiled before it takes long. Does nothing for devices that Triton does not serve. Raises TypeError for another
     dtype than `int8_linear` takes.
     """
     if dtype not in SOURCE_DTYPES:
