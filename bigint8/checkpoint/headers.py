@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..options import Access
 from ..units import SAFETENSORS_BITS, STORED_FLOATS, TORCH_NAMES
 from .int8_format import FORMAT, SCALES, is_int8_config
+from .sizes import check_sizes
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors library sets too."""
@@ -100,6 +101,7 @@ def open_checkpoint(folder: str | os.PathLike[str], access: Access = Access()) -
     folder = Path(folder)
     config = read_config(folder, access)
     checkpoint = Checkpoint(folder, config, _read_tensors(folder))
+    check_sizes(folder / "config.json", config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     if checkpoint.is_int8 and not any(name.endswith(f".{SCALES}") for name in checkpoint.tensors):
         raise CheckpointError(
             f"{folder / 'config.json'}: its quantization_config describes int8 weights, but no tensor holds their "
@@ -143,6 +145,8 @@ def _is_native(model_type: str) -> bool:
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     try:
+        if (size := path.stat().st_size) > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: {size:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read of JSON")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bigint8_kernels import prepare_device
 from torch import nn
 
 from ..checkpoint.headers import Checkpoint
@@ -94,8 +95,6 @@ def prepare_kernels(model: nn.Module, most_rows: int) -> None:
         if isinstance(module, Int8Linear) and module.weight.is_cuda:
             shapes.setdefault(module.weight.device, set()).add((module.out_features, module.in_features))
     for device, there in shapes.items():
-        from bigint8_kernels import prepare_device
-
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float16)
         prepare_device(device, there, dtype, most_rows)
 

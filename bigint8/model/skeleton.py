@@ -13,10 +13,13 @@ from ..errors import BigInt8Error
 from ..families.layout import Int8Choice
 from ..options import Access, Int8Config
 from ..plan.spec import ModelSpec
-from ..units import TABLE_FORMATS, TORCH_NAMES
+from ..units import GIB, TABLE_FORMATS, TORCH_NAMES, readable
 from .config import read_hf_config, refused
 from .layers import Embedding16bit, Int8Embedding, Int8Linear, Linear16bit, empty_like, is_linear, is_transposed
 from .names import model_names, name_tensors
+
+MOST_BUFFER_BYTES = GIB
+"""Of the buffers that a model computes when it is built: real models have some MiB."""
 
 
 @dataclass
@@ -101,6 +104,8 @@ def skeleton_of(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> Skeleton
     hf_config = read_hf_config(checkpoint, spec.access)
     stored = list(checkpoint.tensors) if checkpoint.is_int8 else None
     try:
+        if spec.layout is None:
+            _check_buffers(hf_config, spec.access)
         skeleton = build_skeleton(hf_config, spec.int8, getattr(torch, dtype), spec.access, stored)
     except BigInt8Error:
         raise
@@ -109,6 +114,21 @@ def skeleton_of(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> Skeleton
     skeleton.tensors = name_tensors(checkpoint, skeleton)
     keep_16bit_tables(skeleton, {name: tensor.dtype for name, tensor in skeleton.tensors.items()})
     return skeleton
+
+
+def _check_buffers(config: Any, access: Access) -> None:
+    """Raise ValueError for a model whose buffers that no checkpoint holds, tables of positions or masks, would be huge.
+
+    They are computed while the model is built; here they are only shapes. The families in the table have none such.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=access.trust_remote_code)
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    if size > MOST_BUFFER_BYTES:
+        raise ValueError(f"its buffers, which grow with the number of positions, would take {readable(size)}")
 
 
 def build_skeleton(
