@@ -54,8 +54,7 @@ def find_model(
     checkpoint: where a preset's weights are, a folder or a hub id
     weights: fetch them if they are on the hub; without, a checkpoint that is not whole is known by its config alone
 
-    Raises CheckpointError for a name that is none of these and a checkpoint that is wrong, PlanError for a config that
-    lacks sizes.
+    Raises CheckpointError for a name that is none of these, a config that lacks sizes and a checkpoint that is wrong.
     """
     source = find_source(model, checkpoint, access, fetch=weights)
     opened = None
