@@ -25,7 +25,7 @@ import typer
 from numpy.typing import NDArray
 
 from bigint8.checkpoint.headers import INDEX_FILE
-from bigint8.checkpoint.writer import NewTensor, header_bytes, index_of, split, write_json
+from bigint8.checkpoint.writer import NewTensor, header_bytes, index_of, split, write_synced_json
 from bigint8.errors import BigInt8Error
 from bigint8.sources.presets import ModelPreset, find_preset, preset_names
 
@@ -95,7 +95,7 @@ def synthesize(
             write_shard(folder / file, shard, dtype, values)
     if len(shards) > 1:
         file_of = {tensor.name: file for file, shard in shards.items() for tensor in shard}
-        write_json(folder / INDEX_FILE, index_of(file_of, sum(tensor.nbytes for tensor in tensors)))
+        write_synced_json(folder / INDEX_FILE, index_of(file_of, sum(tensor.nbytes for tensor in tensors)))
     files = [file.stat() for file in folder.iterdir()]
     disk_bytes = sum(512 * stat.st_blocks for stat in files)
     return Summary(len(shards), sum(stat.st_size for stat in files), disk_bytes, time.perf_counter() - started)

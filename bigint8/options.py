@@ -119,5 +119,6 @@ def dtype_name(dtype: object) -> Dtype:
     """A dtype by name, from "auto", a name or a torch dtype. Raises BigInt8Error for one that no model computes in."""
     name = str(dtype).removeprefix("torch.")
     if name != "auto" and name not in FLOAT_BYTES:
-        raise BigInt8Error(f"dtype={name}: must be auto, {', '.join(FLOAT_BYTES)}")
+        *others, last = FLOAT_BYTES
+        raise BigInt8Error(f"dtype={name}: must be auto, {', '.join(others)} or {last}")
     return name  # type: ignore[return-value]

@@ -54,8 +54,7 @@ def find_model(
     checkpoint: where a preset's weights are, a folder or a hub id
     weights: fetch them if they are on the hub; without, a checkpoint that is not whole is known by its config alone
 
-    Raises CheckpointError for a name that is none of these and a checkpoint that is wrong, PlanError for a config that
-    lacks sizes.
+    Raises CheckpointError for a name that is none of these, a config that lacks sizes and a checkpoint that is wrong.
     """
     source = find_source(model, checkpoint, access, fetch=weights)
     opened = None
@@ -108,11 +107,22 @@ def load_sharded_int8(
     found = find_model(path, settings, Access(revision, trust_remote_code))
     workload = found.spec.workload(context, batch_size)
 
+    checkpoint = found.opened()
+    _warm_up(found.spec)
+
     from .load.device_map import place
 
-    checkpoint = found.opened()
     placement = place(found.spec, checkpoint, workload, device_map, max_memory, offload_folder)
     return _load_here(placement, checkpoint, progress)
+
+
+def _warm_up(spec: ModelSpec) -> None:
+    """Import what a load in this process needs, and begin to compile kernels meanwhile."""
+    from .load.warm_up import compile_kernels, import_model, importing
+
+    with importing():
+        compile_kernels(spec)
+        import_model(spec)
 
 
 def _load_here(placement: Any, checkpoint: Checkpoint, progress: bool) -> Any:
@@ -165,9 +175,9 @@ class ModelPipeline:
             devices, self.note = find_devices(cluster.device, gpus)
             self.plan = make_plan(found.spec, devices, workload)
             return
-        self._start(gpus, cluster)
+        workers = self._start(gpus, cluster)
         try:
-            self.plan = make_plan(found.spec, self._workers.devices(), workload)  # type: ignore[union-attr]
+            self.plan = make_plan(found.spec, workers.devices(), workload)
         except BaseException:
             self.close()
             raise
@@ -191,6 +201,8 @@ class ModelPipeline:
         checkpoint = self.found.opened()
         self.start()
         if self._workers is None:
+            _warm_up(self.plan.spec)
+
             from .load.device_map import place_plan
 
             self.model = _load_here(place_plan(self.plan, checkpoint), checkpoint, progress)
@@ -214,10 +226,11 @@ class ModelPipeline:
         if self._workers is not None:
             self._workers.close()
 
-    def _start(self, count: int | None, cluster: Cluster) -> None:
+    def _start(self, count: int | None, cluster: Cluster) -> "Pipeline":
         from .run.pipeline import Pipeline
 
-        self._workers = Pipeline(count, cluster, str(self.found.spec.config["model_type"]))
+        self._workers = Pipeline(count, cluster, self.found.spec)
+        return self._workers
 
 
 def import_in_background(module: str) -> threading.Thread:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from bigint8 import BigInt8Error, CheckpointError, PlanError, load_sharded_int8
 from bigint8.checkpoint.headers import INDEX_FILE, open_checkpoint
-from bigint8.launch import launch
+from bigint8.launch import LaunchFlags, launch
 from bigint8.load.stream import Chunk, RowStream
 
 Tensors = dict[str, Tensor]
@@ -350,7 +350,7 @@ def test_empty_max_memory_is_refused(good: Path) -> None:
 def test_context_longer_than_the_models_is_refused(good: Path, tmp_path: Path, device_map: Any, offload: bool) -> None:
     folder = tmp_path / "offload" if offload else None
     message = refusal(PlanError, good, device_map, context=100, offload_folder=folder)
-    assert "context 100" in message
+    assert "context=100" in message
     assert str(MODEL_CONTEXT) in message
 
 
@@ -358,7 +358,7 @@ def test_context_longer_than_the_models_is_refused_for_a_family_outside_the_tabl
     config = StableLmConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     set_config(copy, **config.to_dict() | {"max_position_embeddings": MODEL_CONTEXT})
     message = refusal(PlanError, copy, context=100)
-    assert "context 100" in message
+    assert "context=100" in message
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=str)
@@ -492,7 +492,7 @@ def test_config_value_that_transformers_refuses_is_named_with_its_file(copy: Pat
 def test_garbled_config_is_refused_when_planning(copy: Path, case: str) -> None:
     set_config(copy, **GARBLED[case])
     with pytest.raises((CheckpointError, PlanError)):
-        launch(model=str(copy), gpus=1, plan_only=True)
+        launch(LaunchFlags(model=str(copy), gpus=1, plan_only=True))
 
 
 @pytest.mark.parametrize("raw", ["{", "[]", "3"])
@@ -505,19 +505,19 @@ def test_garbled_generation_config_is_refused(copy: Path, raw: str) -> None:
 def test_garbled_tokenizer_is_refused_before_anything_is_loaded(copy: Path, raw: str) -> None:
     (copy / "tokenizer.json").write_text(raw)
     with pytest.raises(BigInt8Error, match="tokenizer") as caught:
-        launch(model=str(copy), prompt=["w3"])
+        launch(LaunchFlags(model=str(copy), prompt=["w3"]))
     assert str(copy) in str(caught.value)
 
 
 @pytest.mark.parametrize("prompt", ["", "  "])
 def test_empty_prompt_is_refused_before_anything_is_loaded(good: Path, prompt: str) -> None:
     with pytest.raises(BigInt8Error, match="no tokens in it"):
-        launch(model=str(good), prompt=[prompt])
+        launch(LaunchFlags(model=str(good), prompt=[prompt]))
 
 
 def test_gpus_that_are_not_there_are_refused(good: Path) -> None:
-    with pytest.raises(BigInt8Error, match=r"--gpu-type rtx-1: .*rtx-3090"):
-        launch(model=str(good), plan_only=True, gpu_type="rtx-1")
+    with pytest.raises(BigInt8Error, match=r"gpu_type=rtx-1: .*rtx-3090"):
+        launch(LaunchFlags(model=str(good), plan_only=True, gpu_type="rtx-1"))
 
 
 # --- files that change while they are read -----------------------------------------------------------------------

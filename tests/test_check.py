@@ -18,9 +18,10 @@ from transformers import StableLmConfig, StableLmForCausalLM
 
 import bigint8.check
 import bigint8.quantize
-from bigint8 import Int8Config, load_sharded_int8
-from bigint8.session import check
+from bigint8 import Int8Config, Int8Linear, load_sharded_int8
+from bigint8.session import check, find_model, quantize
 from bigint8.terminal.flags import run_command
+from bigint8.units import decimal
 
 LAYER = "model.layers.1.mlp.down_proj"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -65,7 +66,7 @@ def run_apart(module: str, *arguments: object) -> Ended:
 def int8(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its int8 checkpoint, not to be written to."""
     folder = tmp_path_factory.mktemp("int8") / "int8"
-    bigint8.quantize.quantize(source, folder, progress=False, shard_bytes=40_000)
+    quantize(source, folder, progress=False, shard_bytes=40_000)
     return folder
 
 
@@ -90,7 +91,7 @@ def assert_refused(ended: Ended, *said: str) -> None:
 
 def test_a_check_reports_the_bytes_that_a_load_reads_and_holds(source):
     for config in (Int8Config(), Int8Config(int8_head=True)):
-        report = check(source, config, "float16", progress=False)
+        report = check(find_model(source, config), "float16", progress=False)
         model = load_sharded_int8(source, config=config, dtype="float16", progress=False)
         tensors = read_tensors(source)
         assert report.bytes_read == sum(tensor.nbytes for tensor in tensors.values()) == model.load_report.bytes_read
@@ -105,7 +106,10 @@ def test_a_check_prints_a_summary_and_the_stages_for_so_many_gpus(run, source):
     assert ended.code == 0
     assert f"{len(read_tensors(source))} tensors in " in ended.out
     assert "are whole, finite and of the right shape" in ended.out
-    assert "0.00 GB in int8" in ended.out
+    model = load_sharded_int8(source, dtype="float16", progress=False)
+    int8 = sum(m.weight.nbytes + m.scale.nbytes for m in model.modules() if isinstance(m, Int8Linear))
+    besides = sum(model.load_report.device_bytes.values()) - int8
+    assert f"the model takes {decimal(int8)} in int8 and {decimal(besides)} besides" in ended.out
     assert "rtx" in ended.out.lower() or "cuda:1" in ended.out
     assert "not used by the model" not in ended.out
 
@@ -145,7 +149,7 @@ def test_a_check_reads_int8_checkpoints_too(run, int8, source, tmp_path):
     assert ended.code == 0
     report = json.loads((tmp_path / "int8.json").read_text())
     assert report["check"]["bytes_read"] == sum(tensor.nbytes for tensor in read_tensors(int8).values())
-    of_source = check(source, Int8Config(), "float16", progress=False)
+    of_source = check(find_model(source), "float16", progress=False)
     assert report["check"]["int8_bytes"] == of_source.int8_bytes
     assert report["check"]["other_bytes"] == of_source.other_bytes
     assert report["check"]["unused"] == []
@@ -268,7 +272,8 @@ def test_quantize_prints_what_it_wrote_and_refuses_to_write_it_twice(run, source
     ended = run_apart("bigint8.quantize", source, folder, "--shard-size", "40KB", "--int8-head", "--threshold", 4.5)
     assert ended.code == 0, ended.error
     (line,) = ended.out.strip().splitlines()
-    assert line.startswith(f"{folder}: 0.00 GB of 0.00 GB, written in ") and "peak memory" in line
+    written, read = (sum(tensor.nbytes for tensor in read_tensors(f).values()) for f in (folder, source))
+    assert line.startswith(f"{folder}: {decimal(written)} of {decimal(read)}, written in ") and "peak memory" in line
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert read_tensors(folder)["lm_head.weight"].dtype == torch.int8
     assert quantization_of(folder)["llm_int8_threshold"] == 4.5

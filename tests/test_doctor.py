@@ -8,16 +8,16 @@ import pytest
 import torch
 from bigint8_kernels import cpu, cpu_weights, dispatch
 
-from bigint8 import doctor
+from bigint8 import doctor, examine
 from bigint8.terminal.flags import run_command
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """The command line in this process, on a small layer: exit code, what it prints, its errors and its findings."""
-    monkeypatch.setattr(doctor, "LAYERS", {"small": (130, 70)})
-    monkeypatch.setattr(doctor, "COPY_BYTES", 2**23)
-    monkeypatch.setattr(doctor, "measurements", lambda device: iter([("memory, torch.sum", lambda: "9 GB/s")]))
+    monkeypatch.setattr(examine, "LAYERS", {"small": (130, 70)})
+    monkeypatch.setattr(examine, "COPY_BYTES", 2**23)
+    monkeypatch.setattr(examine, "measurements", lambda device: iter([("memory, torch.sum", lambda: "9 GB/s")]))
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments):
@@ -76,7 +76,7 @@ def crashing(monkeypatch):
     def float_linear(*tensors):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(doctor, "float_linear", float_linear)
+    monkeypatch.setattr(examine, "float_linear", float_linear)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_peer_that_fails_is_no_fault_of_ours():
     def fails():
         raise OSError("no such library")
 
-    finding = doctor._measured("cpu", "a peer", fails)
+    finding = examine._measured("cpu", "a peer", fails)
     assert finding.verdict == "measured" and "not measured" in finding.result and "no such library" in finding.result
 
 

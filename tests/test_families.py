@@ -5,13 +5,12 @@ import torch
 from tiny import SIZES, save_tiny, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from bigint8.checkpoint.headers import open_checkpoint
 from bigint8.errors import PlanError
 from bigint8.families.table import FAMILIES, family_of, layout_of
-from bigint8.model.config import read_hf_config
-from bigint8.model.skeleton import build_skeleton, checkpoint_skeleton
+from bigint8.model.skeleton import build_skeleton, skeleton_of
 from bigint8.model.stage import StageModel
 from bigint8.options import Int8Config
+from bigint8.session import find_model
 from bigint8.sources.presets import find_preset, preset_names
 
 BYTES = {torch.float16: 2, torch.float32: 4}
@@ -21,6 +20,11 @@ def slot_bytes(slots):
     return sum(slot.nbytes for slot in slots.values())
 
 
+def stage_of(skeleton, layout, first, last):
+    names = [module.name for module in layout.stage(first, last)]
+    return StageModel(skeleton, family_of(skeleton.model.config.model_type), names)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", sorted(SIZES))
 def test_stage_bytes_are_those_of_the_real_stage(kind, tied):
@@ -28,25 +32,21 @@ def test_stage_bytes_are_those_of_the_real_stage(kind, tied):
     for dtype, size in BYTES.items():
         blocks = len(layout.blocks)
         for first, last in ((0, blocks), (0, 1), (1, 3), (blocks - 2, blocks)):
-            config = tiny_config(kind, tied)
-            skeleton = build_skeleton(config, Int8Config(), dtype)
-            stage = StageModel(skeleton, family_of(config.model_type), first, last)
-            assert stage_part(layout, first, last).weight_bytes(size) == slot_bytes(stage.slots), (first, last)
+            skeleton = build_skeleton(tiny_config(kind, tied), Int8Config(), dtype)
+            stage = stage_of(skeleton, layout, first, last)
+            assert layout.part(first, last).weight_bytes(size) == slot_bytes(stage.slots), (first, last)
 
 
 @pytest.mark.parametrize("int8_head", [False, True], ids=["head16", "head8"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", sorted(SIZES))
 def test_stage_bytes_of_a_float32_model_count_the_tables_that_stay_16_bit(kind, tied, int8_head, tmp_path):
-    checkpoint = open_checkpoint(save_tiny(kind, tied, tmp_path))
-    config = Int8Config(int8_head=int8_head)
-    layout = layout_of(checkpoint.config, int8_head, "float16")
-    blocks = len(layout.blocks)
-    for first, last in ((0, 1), (1, blocks)):
-        hf_config = read_hf_config(checkpoint, False)
-        skeleton = checkpoint_skeleton(checkpoint, hf_config, config, "float32", False)
-        stage = StageModel(skeleton, family_of(hf_config.model_type), first, last)
-        assert stage_part(layout, first, last).weight_bytes(4) == slot_bytes(stage.slots), (first, last)
+    found = find_model(save_tiny(kind, tied, tmp_path), Int8Config(int8_head=int8_head))
+    layout = found.spec.sizes
+    for first, last in ((0, 1), (1, len(layout.blocks))):
+        skeleton = skeleton_of(found.checkpoint, found.spec, "float32")
+        stage = stage_of(skeleton, layout, first, last)
+        assert layout.part(first, last).weight_bytes(4) == slot_bytes(stage.slots), (first, last)
 
 
 @pytest.mark.parametrize("kind", sorted(SIZES))
@@ -77,8 +77,8 @@ def test_every_preset_is_a_model_of_its_bytes(name):
 )
 def test_presets_have_the_published_number_of_parameters(name, billions):
     layout = layout_of(find_preset(name).config)
-    parts = [layout.embeddings, *layout.blocks, layout.final, layout.head]
-    assert sum(part.int8_values + part.other_values for part in parts) / 1e9 == pytest.approx(billions, rel=2e-3)
+    whole = layout.part(0, len(layout.blocks))
+    assert (whole.int8_values + whole.other_values) / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
 def test_an_unknown_family_is_told_which_there_are():
@@ -90,5 +90,7 @@ def test_an_unknown_family_is_told_which_there_are():
 
 
 def test_a_config_without_a_size_is_refused():
-    with pytest.raises(PlanError, match="hidden_size"):
+    with pytest.raises(PlanError, match="num_hidden_layers: None"):
         layout_of({"model_type": "opt"})
+    with pytest.raises(PlanError, match="hidden_size"):
+        layout_of({"model_type": "opt", "num_hidden_layers": 2})

@@ -24,8 +24,8 @@ def named(found: dict[str, Any]) -> str:
 def test_every_kernel_is_compiled_for_every_architecture(compiled):
     pairs = {(found["variant"]["kernel"], found["variant"]["capability"]) for found in compiled}
     kernels = {
-        "quantize_rows", "mark_outliers", "quantize_activations", "int8_matmul", "finish_matmul", "int8_gemv",
-        "add_parts",
+        "quantize_rows", "mark_outliers", "quantize_activations", "int8_matmul", "gather_columns",
+        "finish_matmul", "int8_gemv", "add_parts",
     }  # fmt: skip
     assert pairs == {(kernel, capability) for kernel in kernels for capability in ARCHITECTURES}
 
@@ -69,6 +69,27 @@ def test_int8_becomes_float_without_conversion_instructions(compiled):
             assert not any(name.startswith("I2F") for name in found["loop"]), named(found)
 
 
+def test_one_row_is_multiplied_without_waiting_for_other_threads(compiled):
+    for found in one_row(compiled):
+        waits = [name for name in found["loop"] if name.startswith(("BAR", "WARPSYNC", "LDS", "STS", "DEPBAR"))]
+        assert waits == [], named(found)
+
+
+def test_one_row_takes_at_most_4_instructions_a_weight(compiled):
+    """Least with float32 sums: a byte placed, an offset taken off and a multiplication, and a fraction of the rest."""
+    for found in one_row(compiled):
+        instructions = sum(found["loop"].values()) * 32 / found["variant"]["weights"]
+        assert 3 < instructions <= 4, f"{named(found)}: {instructions:.2f}"
+
+
+def one_row(compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [f for f in compiled if f["variant"]["kernel"] == "int8_gemv" and f["variant"]["label"].startswith("1 x")]
+    assert {(f["variant"]["dtype"], f["variant"]["capability"]) for f in found} == {
+        (dtype, capability) for dtype in ("fp16", "bf16", "fp32") for capability in ARCHITECTURES
+    }
+    return found
+
+
 def test_the_tiles_are_those_of_their_arithmetic():
     for name, tiles in MATMUL_TILES.items():
         limit = int(name.split()[0]) * 1024
@@ -85,13 +106,22 @@ def test_a_gpu_gets_the_tiles_of_the_newest_architecture_that_it_runs(capability
     assert matmul_tiles(architecture_of(*capability), 2048)
 
 
+def test_a_tile_that_would_need_masks_is_no_choice_but_the_first():
+    ada = ARCHITECTURES[89]
+    first, wide, short = matmul_tiles(ada, 2048, features=4096)
+    assert matmul_tiles(ada, 2048, features=4096 + wide.depth) == (wide,)
+    assert matmul_tiles(ada, 2048, features=4095) == (first,)
+    assert short.depth == first.depth > wide.depth
+
+
 def test_a_gpu_older_than_8_0_is_refused():
     with pytest.raises(ValueError, match=r"7\.5.*8\.0"):
         architecture_of(7, 5)
 
 
 def test_k_is_split_only_as_far_as_the_gpu_needs_and_k_allows():
-    assert split_of(1000, 82, 24) == 1
-    assert split_of(64, 82, 24) == 4
-    assert split_of(1, 82, 100) == 8
-    assert split_of(1, 82, 3) == 1
+    assert split_of(1000, 4, 82, 24) == 1
+    assert split_of(64, 4, 82, 24) == 4
+    assert split_of(64, 2, 82, 24) == 8
+    assert split_of(1, 4, 82, 100) == 8
+    assert split_of(1, 4, 82, 3) == 1

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from bigint8.loader import checkpoint_skeleton, load_stage, read_hf_config
 from bigint8_kernels import reference
 from folders import INDEX, quantization_of, read_tensors, rewrite, save_tokenizer, set_config
 from tiny import SIZES, save_tiny, tiny_config, tiny_model
@@ -22,9 +21,12 @@ from bigint8 import Int8Config, Int8Linear, load_sharded_int8
 from bigint8.checkpoint.headers import open_checkpoint
 from bigint8.families.table import family_of, layout_of
 from bigint8.model.layers import Int8Embedding
-from bigint8.model.skeleton import build_skeleton
+from bigint8.model.skeleton import build_skeleton, skeleton_of
 from bigint8.model.stage import StageModel
-from bigint8.session import quantize
+from bigint8.plan.cut import make_plan
+from bigint8.plan.devices import find_devices
+from bigint8.run.running import RunningStage
+from bigint8.session import find_model, quantize
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
 SHARD = 40_000
@@ -154,8 +156,8 @@ def test_a_checkpoint_of_the_base_model_and_old_names_are_written_under_the_mode
 def test_a_layer_larger_than_what_is_read_at_once_is_quantized_whole_where_it_is_transposed(tmp_path, monkeypatch):
     source = save_tiny("gpt2", True, tmp_path / "source")
     expected = read_tensors(to_int8(source, tmp_path / "whole"))
-    monkeypatch.setattr("bigint8.loader.BUFFER_BYTES", 1000)
-    monkeypatch.setattr("bigint8.save.SLICE_BYTES", 1000)
+    monkeypatch.setattr("bigint8.load.stream.HOST_BUFFER_BYTES", 1000)
+    monkeypatch.setattr("bigint8.load.save.SLICE_BYTES", 1000)
     assert_same_tensors(read_tensors(to_int8(source, tmp_path / "pieces")), expected)
     load(source, "float16").save_int8(tmp_path / "saved")
     assert_same_tensors(read_tensors(tmp_path / "saved"), expected)
@@ -377,26 +379,28 @@ def test_a_model_with_int8_embeddings_can_change_its_dtype(tmp_path):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", sorted(SIZES))
 def test_a_layout_with_an_int8_head_has_the_bytes_of_the_real_stages(kind, tied):
-    layout = layout_of(tiny_config(kind, tied).to_dict(), int8_head=True)
+    settings = Int8Config(int8_head=True)
+    layout = layout_of(tiny_config(kind, tied).to_dict(), settings)
+    assert layout == layout_of(tiny_config(kind, tied).to_dict()).with_int8_head()
     blocks = len(layout.blocks)
     for first, last in ((0, blocks), (0, 1), (blocks - 2, blocks)):
         config = tiny_config(kind, tied)
-        skeleton = build_skeleton(config, Int8Config(int8_head=True), torch.float16)
-        stage = StageModel(skeleton, family_of(config.model_type), first, last)
+        skeleton = build_skeleton(config, settings, torch.float16)
+        stage = StageModel(skeleton, family_of(config.model_type), [m.name for m in layout.stage(first, last)])
         real = sum(slot.nbytes for slot in stage.slots.values())
-        assert stage_part(layout, first, last).weight_bytes(2) == real, (first, last)
+        assert layout.part(first, last).weight_bytes(2) == real, (first, last)
 
 
 @pytest.mark.parametrize("int8_head", [False, True], ids=["head16", "head8"])
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("opt-350m", True), ("phi", False)])
 def test_a_layout_knows_from_an_int8_checkpoints_config_whether_its_head_is_int8(kind, tied, int8_head, tmp_path):
     source = save_tiny(kind, tied, tmp_path / "source")
-    checkpoint = open_checkpoint(to_int8(source, tmp_path / "int8", Int8Config(int8_head=int8_head)))
-    hf_config = read_hf_config(checkpoint, False)
-    skeleton = checkpoint_skeleton(checkpoint, hf_config, Int8Config(), "float16", False)
+    settings = Int8Config(int8_head=int8_head)
+    found = find_model(to_int8(source, tmp_path / "int8", settings))
+    skeleton = skeleton_of(found.checkpoint, found.spec, "float16")
     real = sum(slot.nbytes for slot in skeleton.slots.values())
-    assert layout_of(checkpoint.config).weight_bytes(2) == real
-    assert layout_of(checkpoint.config) == layout_of(tiny_config(kind, tied).to_dict(), int8_head)
+    assert layout_of(found.spec.config).weight_bytes(2) == found.spec.sizes.weight_bytes(2) == real
+    assert layout_of(found.spec.config) == layout_of(tiny_config(kind, tied).to_dict(), settings)
 
 
 @pytest.mark.parametrize(
@@ -405,18 +409,23 @@ def test_a_layout_knows_from_an_int8_checkpoints_config_whether_its_head_is_int8
      ("gpt_neox", False, False)],
 )  # fmt: skip
 def test_stages_of_an_int8_checkpoint_are_those_of_its_source(kind, tied, int8_head, tmp_path):
-    config = Int8Config(int8_head=int8_head)
+    config = Int8Config(int8_head=int8_head, dtype="float32")
     source = save_tiny(kind, tied, tmp_path / "source")
-    original, stored = open_checkpoint(source), open_checkpoint(to_int8(source, tmp_path / "int8", config))
-    blocks, read = len(layout_of(original.config).blocks), 0
-    for first, last in ((0, 2), (2, blocks)):
-        expected, _ = load_stage(original, first, last, "cpu", config, "float32")
-        stage, report = load_stage(stored, first, last, "cpu", Int8Config(), "float32")
+    to_int8(source, tmp_path / "int8", config)
+    original, stored = find_model(source, config), find_model(tmp_path / "int8", Int8Config(dtype="float32"))
+    devices, _ = find_devices("cpu", 2)
+    read = 0
+    for index in range(2):
+        stages = []
+        for found in (stored, original):
+            plan = make_plan(found.spec, devices, found.spec.workload())
+            stages.append(RunningStage(plan, index, "cpu", lambda done, total: None))
+        (stage, expected), report = (each._stage for each in stages), stages[0].report
         assert_same_model(stage, expected)
         assert stage.has_head == expected.has_head
         assert report.bytes_mapped > 0 and report.unused == []
         read += report.bytes_read + report.bytes_mapped
-    assert read == stored.weight_bytes
+    assert read == stored.checkpoint.weight_bytes
 
 
 # --- bitsandbytes ------------------------------------------------------------------------------------------------

@@ -1,5 +1,9 @@
 """Every path of the int8 arithmetic against its definition, and the definition against its paper and its peer."""
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +13,7 @@ import torch
 from bigint8_kernels import (
     copy_values,
     cpu,
+    cpu_threads,
     float_linear,
     generic,
     int8_linear,
@@ -18,6 +23,7 @@ from bigint8_kernels import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite.binding import get_host_cpu_features
 
 TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.01, torch.float32: 1e-4}
 DTYPES = sorted(TOLERANCE, key=str)
@@ -26,12 +32,12 @@ DTYPES = sorted(TOLERANCE, key=str)
 @contextmanager
 def many_threads(wanted: bool) -> Iterator[None]:
     """Kernels run on all threads however small their work, or on one however large."""
-    before = cpu.PARALLEL_VALUES
-    cpu.PARALLEL_VALUES = 0 if wanted else 2**62
+    before = cpu_threads.PARALLEL_VALUES
+    cpu_threads.PARALLEL_VALUES = 0 if wanted else 2**62
     try:
         yield
     finally:
-        cpu.PARALLEL_VALUES = before
+        cpu_threads.PARALLEL_VALUES = before
 
 
 def random_weight(n: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,6 +96,60 @@ def test_the_product_with_and_the_one_without_vnni_give_the_same_decomposition(s
     with many_threads(parallel):
         assert_close(cpu.linear_vnni(x, weight, scale, None, 6.0), expected, torch.float32)
         assert_close(cpu.linear_int8(x, weight, scale, None, 6.0), expected, torch.float32)
+
+
+def test_a_weight_of_one_column_is_multiplied_right():
+    weight, scale = torch.tensor([[127], [-50]], dtype=torch.int8), torch.tensor([0.5, 2.0])
+    x = torch.linspace(-1, 1, 17)[:, None]
+    for product in (cpu.linear_vnni, cpu.linear_int8):
+        assert_close(product(x, weight, scale, None, 0.0), x.double() * torch.tensor([63.5, -100.0]), torch.float32)
+
+
+def compiled_elsewhere(code: str, cache, **environment: str) -> str:
+    """What code prints in a process of its own, in which every kernel is compiled anew."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+MACHINE_CODE = "from bigint8_kernels import cpu_product; print(cpu_product.multiply.compile()._library.get_asm_str())"
+
+VALUES = """
+import torch
+from bigint8_kernels import cpu, reference
+torch.manual_seed(0)
+for tokens in (1, 6, 20):
+    weight, scale = reference.quantize_rows(torch.randn(37, 1100))
+    x = torch.randn(tokens, 1100)
+    for activations in ("16bit", "int8"):
+        y = cpu.int8_linear(x, weight, scale, None, 3.0, activations)
+        expected = reference.int8_linear(x, weight, scale, None, 3.0, activations, torch.float64)
+        print(float((y - expected).abs().max() / expected.abs().max()))
+"""
+
+on_x86 = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64") or not get_host_cpu_features().get("avx2"),
+    reason="the instructions are those of x86 CPUs with AVX2",
+)
+
+
+@on_x86
+def test_products_are_added_in_pairs_by_one_instruction(tmp_path):
+    features = get_host_cpu_features()
+    with_vnni = features.get("avxvnni") or (features.get("avx512vnni") and features.get("avx512vl"))
+    code = compiled_elsewhere(MACHINE_CODE, tmp_path)
+    assert code.count("vpdpwssd" if with_vnni else "vpmaddwd") >= 12  # the sums of both tiles
+
+
+@on_x86
+def test_a_cpu_with_avx2_alone_multiplies_right(tmp_path):
+    haswell = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
+    code = compiled_elsewhere(MACHINE_CODE, tmp_path / "code", **haswell)
+    assert code.count("vpmaddwd") >= 12
+    assert "vpdpwssd" not in code and "zmm" not in code
+    errors = [float(line) for line in compiled_elsewhere(VALUES, tmp_path / "values", **haswell).split()]
+    assert len(errors) == 6 and max(errors) < TOLERANCE[torch.float32]
 
 
 @settings(deadline=None, max_examples=60)

@@ -15,6 +15,7 @@ from bigint8.checkpoint.headers import open_checkpoint
 from bigint8.load.device_map import follow_devices
 from bigint8.model.layers import Linear16bit, is_linear
 from bigint8.model.skeleton import Skeleton, Slot, keep_16bit_tables
+from bigint8.plan.plan import DeviceMap
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
 
@@ -240,17 +241,20 @@ def test_inputs_follow_modules_over_devices(tmp_path):
     save_tiny("llama", True, tmp_path)
     model = load(tmp_path)
     expected = greedy(model)
-    follow_devices(model, lambda name: "cpu:0" if ".layers.1." in name else "cpu")
+    devices = DeviceMap({"": "cpu", "model.layers.1": "cpu:0"})
+    follow_devices(model, devices, devices.__getitem__)
     assert torch.equal(greedy(model), expected)
-    for name, module in model.named_modules():
-        if name and (module._parameters or module._buffers):
-            where = torch.device(module._hf_hook.execution_device)
-            assert where == torch.device("cpu:0" if ".layers.1." in name else "cpu"), name
+    hooked = {name: module for name, module in model.named_modules() if name and hasattr(module, "_hf_hook")}
+    blocks = [f"model.layers.{i}" for i in range(5)]
+    assert set(hooked) == {"model.embed_tokens", *blocks, "model.norm", "model.rotary_emb", "lm_head"}
+    for name, module in hooked.items():
+        assert module._hf_hook.execution_device == ("cpu:0" if name == "model.layers.1" else "cpu"), name
 
 
 def test_what_does_not_fit_spills_to_the_offload_folder(tmp_path):
     save_tiny("llama", False, tmp_path / "model")
-    limit = {"cpu": 3 * 2**26 + 200_000}  # the workspace, and a few blocks of this model
+    (whole,) = load(tmp_path / "model").plan.stages
+    limit = {"cpu": whole.workspace_bytes + (whole.weight_bytes + whole.kv_bytes) * 2 // 3}
     with pytest.raises(PlanError, match="does not fit"):
         load(tmp_path / "model", max_memory=limit)
     model = load(tmp_path / "model", max_memory=limit, offload_folder=tmp_path / "off")

@@ -14,33 +14,38 @@ from transformers import AutoTokenizer, TextIteratorStreamer
 
 from bigint8 import BigInt8Error, CheckpointError, Int8Config, WorkerError, load_sharded_int8
 from bigint8.checkpoint.headers import open_checkpoint
-from bigint8.families.table import layout_of
+from bigint8.model.config import read_generation_config, read_hf_config
+from bigint8.options import Access, Cluster, Workload
 from bigint8.plan.cut import make_plan
-from bigint8.run.driver import PipelineCache
+from bigint8.run.driver import PipelineCache, PipelineModel
 from bigint8.run.pipeline import Pipeline
 from bigint8.run.wire import pack, unpack
+from bigint8.session import find_model
 from bigint8.sources.find import find_source
 
-CONTEXT = 100
+WORK = Workload(context=100, sequences=4)
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    with Pipeline(3, "cpu") as three:
+    with Pipeline(3, Cluster("cpu")) as three:
         yield three
 
 
-def load(pipeline, folder, workers, dtype="float32", context=CONTEXT, **config):
+def load(pipeline, folder, workers, dtype="float32", work=WORK, **config):
     """A model on the first `workers` workers, and the reports of their loads."""
-    checkpoint = open_checkpoint(folder)
-    layout = layout_of(checkpoint.config, stored=stored_dtype(checkpoint))
-    plan = make_plan(Path(folder).name, layout, pipeline.devices()[:workers], dtype, context)
-    reports = pipeline.load(folder, plan, Int8Config(**config), progress=False)
-    return pipeline.model(folder, plan), reports
+    found = find_model(folder, Int8Config(dtype=dtype, **config))
+    plan = make_plan(found.spec, pipeline.devices()[:workers], work)
+    reports = pipeline.load(plan, progress=False)
+    model = PipelineModel(read_hf_config(found.checkpoint, Access()), pipeline, plan)
+    model.generation_config = read_generation_config(Path(folder)) or model.generation_config
+    return model, reports
 
 
 def in_one_process(folder, dtype="float32", **kwargs):
-    return load_sharded_int8(folder, dtype=dtype, context=CONTEXT, progress=False, **kwargs)
+    return load_sharded_int8(
+        folder, dtype=dtype, context=WORK.context, batch_size=WORK.sequences, progress=False, **kwargs
+    )
 
 
 def greedy(model, ids, tokens, mask=None, **kwargs):
@@ -162,7 +167,8 @@ def test_text_is_streamed_as_it_is_made(pipeline, smollm2, smollm2_inputs):
 def kept_caches(pipeline):
     import ray
 
-    return [ray.get(worker.__ray_call__.remote(lambda w: len(w._caches))) for worker in pipeline._workers]
+    kept = [worker.__ray_call__.remote(lambda w: w._stage.kept() if w._stage else 0) for worker in pipeline._workers]
+    return ray.get(kept)
 
 
 def test_workers_forget_a_sequence_when_the_caller_does(pipeline, tmp_path):
@@ -254,12 +260,12 @@ def test_a_damaged_checkpoint_is_a_checkpoint_error_and_nothing_stays_loaded(pip
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj"):
         load(pipeline, tmp_path, 2)
     with pytest.raises(WorkerError, match="no model is loaded"):
-        pipeline.step(PROMPT, None, None, None, 1, True)
+        pipeline.step(PROMPT, None, None, None, 1)
 
 
 def test_a_sequence_longer_than_the_context_is_refused(pipeline, tmp_path):
     save_tiny("llama", True, tmp_path)
-    model, _ = load(pipeline, tmp_path, 2, context=8)
+    model, _ = load(pipeline, tmp_path, 2, work=Workload(context=8))
     with pytest.raises(BigInt8Error, match=r"9 tokens.*context of 8"):
         greedy(model, PROMPT, 12)
 
@@ -272,10 +278,10 @@ def test_the_local_cluster_listens_on_loopback_only(pipeline):
 
 
 def test_too_many_workers_for_the_cluster_are_refused(pipeline):
-    with pytest.raises(WorkerError, match="--gpus 2: the cluster has 0 GPUs"):
-        Pipeline(2, "cuda")
-    with pytest.raises(WorkerError, match="--gpus 4000"):
-        Pipeline(4000, "cpu")
+    with pytest.raises(WorkerError, match="gpus=2: the cluster has 0 GPUs"):
+        Pipeline(2, Cluster("cuda"))
+    with pytest.raises(WorkerError, match="gpus=4000"):
+        Pipeline(4000, Cluster("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
@@ -293,8 +299,9 @@ def test_closing_leaves_no_ray_process(tmp_path):
 
     program = (
         "import psutil, sys\n"
-        "from bigint8.pipeline import Pipeline\n"
-        "with Pipeline(1, 'cpu') as p:\n"
+        "from bigint8.options import Cluster\n"
+        "from bigint8.run.pipeline import Pipeline\n"
+        "with Pipeline(1, Cluster('cpu')) as p:\n"
         "    print(*[c.pid for c in psutil.Process().children(recursive=True)], p.infos[0].pid)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)

@@ -8,29 +8,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigint8.errors import BigInt8Error, PlanError
-from bigint8.families.layout import Layout, Part
-from bigint8.families.table import layout_of
+from bigint8.families.layout import Layout, Module, Part, Sizes
+from bigint8.options import Access, Int8Config, Workload
 from bigint8.plan.cut import fewest_devices, fill_in_order, make_plan
 from bigint8.plan.devices import Device, find_devices, gpu_presets, pick_dtype, preset_gpus
-from bigint8.sources.presets import find_preset
+from bigint8.plan.spec import ModelSpec, spec_of
+from bigint8.sources.find import find_source
+
+SHORT = Workload(context=16)
 
 
-def layout_with(blocks: list[int], embeddings: int = 0, head: int = 0) -> Layout:
-    """A layout of blocks of the given int8 sizes."""
-    return Layout(
-        embeddings=Part(other_values=embeddings),
-        blocks=tuple(Part(int8_values=size) for size in blocks),
-        final=Part(),
-        head=Part(other_values=head),
+def spec_with(blocks: list[int], embeddings: int = 0, head: int = 0) -> ModelSpec:
+    """A model of blocks of the given int8 sizes, whose head is 16-bit."""
+    sizes = Sizes(
+        blocks=len(blocks),
+        linears=(),
+        norm_values=0,
+        hidden=1,
+        vocab=1,
         tied=head == 0,
         kv_values=4,
-        windows=(None,) * len(blocks),
-        hidden=1,
         widest=1,
-        vocab=1,
-        max_context=None,
-        head_width=1,
+        final_norm_values=None,
+        width=1,
+        windows=(None,) * len(blocks),
     )
+    layout = Layout(
+        first=(Module("embeddings", Part(other_values=embeddings)),),
+        blocks=tuple(Module(f"blocks.{i}", Part(int8_values=size)) for i, size in enumerate(blocks)),
+        last=(),
+        head=Module("head", Part(other_values=head)),
+        sizes=sizes,
+    )
+    return ModelSpec("m", None, {}, "float16", Int8Config(int8_head=False), Access(), layout)
+
+
+def preset(name: str, int8: Int8Config | None = None) -> ModelSpec:
+    return spec_of(find_source(name, fetch=False), int8)
 
 
 def devices_with(sizes: list[int]) -> list[Device]:
@@ -49,62 +63,75 @@ def fullest(plan) -> float:
     st.integers(0, 10**9),
 )
 def test_no_other_cut_leaves_the_fullest_device_emptier(blocks, sizes, embeddings, head):
-    layout, devices = layout_with(blocks, embeddings, head), devices_with(sizes)
-    plan = make_plan("m", layout, devices, "float16", context=16)
+    spec, devices = spec_with(blocks, embeddings, head), devices_with(sizes)
+    layout = spec.layout
+    plan = make_plan(spec, devices, SHORT)
     assert plan.stages[0].first_block == 0 and plan.stages[-1].last_block == len(blocks)
     best = fullest(plan)
     for cuts in combinations(range(1, len(blocks)), len(devices) - 1):
         bounds = [0, *cuts, len(blocks)]
         stages = []
         for stage, first, last in zip(plan.stages, bounds[:-1], bounds[1:], strict=True):
-            part = sum(layout.blocks[first:last], Part())
-            part += layout.embeddings if first == 0 else Part()
-            part += layout.head if last == len(blocks) else Part()
+            part = sum((block.part for block in layout.blocks[first:last]), Part())
+            part += layout.first[0].part if first == 0 else Part()
+            part += layout.head.part if last == len(blocks) else Part()
             kv = sum(layout.kv_bytes(b, 16, 1, 2) for b in range(first, last))
             stages.append(replace(stage, weight_bytes=part.weight_bytes(2), kv_bytes=kv))
         assert best <= fullest(replace(plan, stages=tuple(stages))) + 1e-12
 
 
 def test_opt_175b_fits_eight_3090s_with_every_block_on_a_gpu():
-    layout = layout_of(find_preset("opt-175b").config)
-    plan = make_plan("opt-175b", layout, preset_gpus("rtx-3090", 8), "float16")
+    plan = make_plan(preset("opt-175b"), preset_gpus("rtx-3090", 8), Workload())
     assert [stage.last_block - stage.first_block for stage in plan.stages] == [12] * 8
     assert all(stage.headroom_bytes > 0 for stage in plan.stages)
-    assert sum(stage.weight_bytes for stage in plan.stages) == layout.weight_bytes(2)
+    assert sum(stage.weight_bytes for stage in plan.stages) == plan.spec.sizes.weight_bytes(2)
     assert sum(stage.kv_bytes for stage in plan.stages) == 2 * 96 * 12288 * 2048 * 2
 
 
+def test_a_head_becomes_int8_where_the_model_would_barely_fit_and_the_plan_says_so():
+    gpus = preset_gpus("rtx-3090", 8)
+    plan = make_plan(preset("opt-175b"), gpus, Workload())
+    small = make_plan(preset("opt-175b", Int8Config(int8_head=True)), gpus, Workload())
+    assert plan.stages == small.stages and plan.spec.int8.int8_head
+    assert "head" in plan.notes[0] and small.notes == ()
+    roomy = make_plan(preset("opt-175b"), preset_gpus("a100-80gb", 8), Workload())
+    assert not roomy.spec.int8.int8_head and roomy.notes == ()
+    table = 50272 * 12288
+    difference = sum(s.weight_bytes for s in roomy.stages) - sum(s.weight_bytes for s in plan.stages)
+    assert difference == 2 * table - (table + 4 * 50272)
+    told = make_plan(preset("opt-175b", Int8Config(int8_head=False)), gpus, Workload())
+    assert told.stages[0].weight_bytes == roomy.stages[0].weight_bytes
+
+
 def test_a_model_that_does_not_fit_gets_the_numbers_and_a_way_out():
-    layout = layout_of(find_preset("opt-175b").config)
+    spec = preset("opt-175b")
     with pytest.raises(PlanError) as error:
-        make_plan("opt-175b", layout, preset_gpus("rtx-3090", 6), "float16")
+        make_plan(spec, preset_gpus("rtx-3090", 6), Workload())
     message = str(error.value)
     assert "opt-175b" in message and "rtx" not in message and "RTX 3090" in message
-    assert "163.27 GiB of weights" in message and "141.00 GiB" in message and "8 such devices" in message
-    assert fewest_devices("opt-175b", layout, preset_gpus("rtx-3090", 1)[0], "float16") == 8
+    assert "163.27 GiB of weights" in message and "137.47 GiB" in message and "8 such devices" in message
+    assert fewest_devices(spec, preset_gpus("rtx-3090", 1)[0], Workload()) == 8
 
 
 def test_a_model_that_no_number_of_devices_holds_is_said_so():
-    layout = layout_of(find_preset("opt-175b").config)
     tiny = Device("cuda:0", "toy", 10**9, "float16")
     with pytest.raises(PlanError, match="lacks"):
-        fewest_devices("opt-175b", layout, tiny, "float16")
+        fewest_devices(preset("opt-175b"), tiny, Workload())
 
 
 def test_uneven_devices_get_uneven_stages():
-    layout = layout_with([10**9] * 12)
-    plan = make_plan("m", layout, devices_with([9 * 10**9, 3 * 10**9]), "float16", context=16)
+    plan = make_plan(spec_with([10**9] * 12), devices_with([9 * 10**9, 3 * 10**9]), SHORT)
     sizes = [stage.last_block - stage.first_block for stage in plan.stages]
     assert sizes[0] > 2 * sizes[1] - 1 and sum(sizes) == 12
 
 
 def test_filling_in_order_fills_the_fast_device_first_and_drops_empty_ones():
-    layout = layout_with([10**9] * 6)
+    spec = spec_with([10**9] * 6)
     devices = devices_with([3 * 10**9, 20 * 10**9, 20 * 10**9])
-    plan = fill_in_order("m", layout, devices, "float16", context=16)
+    plan = fill_in_order(spec, devices, SHORT)
     assert [(s.device.name, s.first_block, s.last_block) for s in plan.stages] == [("cuda:0", 0, 3), ("cuda:1", 3, 6)]
     with pytest.raises(PlanError, match="does not fit"):
-        fill_in_order("m", layout, devices[:1], "float16", context=16)
+        fill_in_order(spec, devices[:1], SHORT)
 
 
 @pytest.mark.parametrize(
@@ -112,23 +139,23 @@ def test_filling_in_order_fills_the_fast_device_first_and_drops_empty_ones():
     [
         ({"context": 4096}, "2048 tokens"),
         ({"context": 0}, "at least 1"),
-        ({"batch_size": 0}, "at least 1"),
+        ({"sequences": 0}, "at least 1"),
+        ({"chunk": 0}, "at least 1"),
         ({"devices": []}, "no devices"),
         ({"devices": preset_gpus("a100-80gb", 13)}, "12 blocks"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(arguments, message):
-    layout = layout_of(find_preset("opt-125m").config)
-    values = {"devices": preset_gpus("rtx-3090", 2), **arguments}
+    devices = arguments.get("devices", preset_gpus("rtx-3090", 2))
+    work = {name: value for name, value in arguments.items() if name != "devices"}
     with pytest.raises(PlanError, match=message):
-        make_plan("opt-125m", layout, dtype="float16", **values)
+        make_plan(preset("opt-125m"), devices, Workload(**work))
 
 
 def test_a_plan_is_plain_data():
     import json
 
-    layout = layout_of(find_preset("opt-125m").config)
-    plan = make_plan("opt-125m", layout, preset_gpus("rtx-3090", 2), "float16")
+    plan = make_plan(preset("opt-125m"), preset_gpus("rtx-3090", 2), Workload())
     plain = json.loads(json.dumps(plan.to_dict()))
     assert plain["stages"][1]["headroom_bytes"] == plan.stages[1].headroom_bytes
     assert plain["stages"][0]["device"]["name"] == "cuda:0"
@@ -144,7 +171,7 @@ def test_cpu_workers_share_the_memory_of_the_machine():
 def test_an_unknown_gpu_type_is_told_which_there_are():
     with pytest.raises(BigInt8Error, match="rtx-3090"):
         preset_gpus("rtx-2060", 1)
-    assert all(gpu.memory_mib > 8000 for gpu in gpu_presets().values())
+    assert all(gpu.cuda_gib > 8 for gpu in gpu_presets().values())
 
 
 @pytest.mark.parametrize(

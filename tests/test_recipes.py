@@ -150,7 +150,7 @@ def test_submit_without_a_cluster_there_fails(cluster: Cluster) -> None:
 def test_submitted_job_generates_text_over_two_workers_and_arguments_arrive_unchanged(cluster: Cluster) -> None:
     prompt = "The capital of France is"
     odd = """He said: "it's $HOME, `id` \\ and *"  twice;"""
-    prompts = ["--prompt", prompt, "--prompt", odd]
+    prompts = ["--raw", "--prompt", prompt, "--prompt", odd]
     done = submit(cluster, "--model", "smollm2-135m", "--gpus", "2", *prompts, "--max-new-tokens", "8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{prompt} Paris" in done.stdout

@@ -94,7 +94,7 @@ def test_a_folder_that_is_there_is_refused_unless_it_may_be_overwritten(save: Sa
     (copy / "notes.txt").write_text("of the old one")
     before = {file.name: file.read_bytes() for file in copy.iterdir()}
     message = refusal(save, source, copy)
-    assert str(copy) in message and "exists already" in message and "--overwrite" in message
+    assert str(copy) in message and "exists already" in message and "overwrite=True" in message
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
     rewrite(copy, lambda tensors: tensors.pop("lm_head.weight", None))
     save(source, copy, overwrite=True)

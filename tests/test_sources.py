@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from bigint8.checkpoint.headers import open_checkpoint
 from bigint8.errors import CheckpointError
+from bigint8.options import Access
 from bigint8.sources.find import find_source
 from bigint8.sources.gguf import convert_wheel
 from bigint8.sources.presets import ModelPreset, WheelSource, find_preset
@@ -40,15 +41,15 @@ def test_a_hub_id_that_is_nowhere_says_where_was_looked(tmp_path, monkeypatch):
     source = find_source("someone/absent")
     assert source.folder is None
     message = str(source.not_found())
-    assert str(tmp_path) in message and "someone/absent" in message and "--checkpoint" in message
+    assert str(tmp_path) in message and "someone/absent" in message and "checkpoint=" in message
     with pytest.raises(CheckpointError, match="someone/absent"):
-        source.config()
+        source.config(Access())
 
 
 def test_a_preset_knows_its_config_without_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("BIGINT8_CACHE", str(tmp_path))
     source = find_source("opt-175b", fetch=False)
-    assert source.folder is None and source.config()["num_hidden_layers"] == 96
+    assert source.folder is None and source.config(Access())["num_hidden_layers"] == 96
     assert "metaseq" in str(source.not_found())
 
 
@@ -80,7 +81,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
         (folder / "half").write_text("x")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("bigint8.sources._convert_gguf", fail)
+    monkeypatch.setattr("bigint8.sources.gguf._convert_gguf", fail)
     with pytest.raises(OSError, match="no space"):
         find_source("smollm2-135m")
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The GPU kernels against the reference: on a GPU where there is one, in Triton's interpreter elsewhere."""
 
+import sys
 import warnings
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import triton.language as tl
 from bigint8_kernels import dispatch, reference, triton_activations, triton_gemv, triton_matmul, triton_weights
 from bigint8_kernels.gpu import MOST_GEMV_ROWS, Gpu, int8_linear
 from bigint8_kernels.gpu_tiles import ARCHITECTURES, gemv_tile, matmul_tiles
+from bigint8_kernels.triton_matmul import GATHERED
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
@@ -211,6 +213,27 @@ def test_every_tile_multiplies_right_with_k_whole_and_split(rows, k, n, split, d
         assert (y.double() - expected[:some]).abs().max() <= limit
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [GATHERED - 7, GATHERED, GATHERED + 7, 2 * GATHERED + 3])
+def test_more_outlier_columns_than_are_gathered_are_multiplied_right(k, dtype):
+    """All columns have outliers, so there are as many as features; rows fill several tiles and their last in part."""
+    weight, scale = random_weight(37, k, seed=k)
+    x = random_activations(139, k, dtype, "none", 1) + 20.0
+    y = int8_linear(x, weight, scale, None, 6.0, "int8", Gpu(ARCHITECTURES[86], 1))
+    assert_close(y, reference.int8_linear(x, weight, scale, None, 6.0, "int8", torch.float64))
+
+
+def test_outlier_columns_are_gathered_as_far_as_there_is_room():
+    k, n = GATHERED + 50, 70
+    weight, _ = random_weight(n, k, seed=1)
+    listed = torch.arange(k - 1, -1, -1, dtype=torch.int32, device=DEVICE)
+    for found in (0, 1, 33, GATHERED, k):
+        w_outliers = triton_matmul._gather_columns(weight, listed, torch.tensor([found], dtype=torch.int32).to(DEVICE))
+        expected = weight[:, listed[: min(found, GATHERED)].long()]
+        assert w_outliers.shape == (n, GATHERED)
+        assert torch.equal(w_outliers[:, : expected.shape[1]], expected)
+
+
 def test_the_largest_float16_and_sums_of_the_largest_products_stay_finite():
     k = 2048
     weight, scale = torch.full((5, k), -127, dtype=torch.int8, device=DEVICE), torch.full((5,), 1e-6, device=DEVICE)
@@ -220,6 +243,29 @@ def test_the_largest_float16_and_sums_of_the_largest_products_stay_finite():
             for activations in ("int8", "16bit"):
                 y = int8_linear(x, weight, scale, None, 0.0, activations, Gpu(ARCHITECTURES[86], 82))
                 assert_close(y, reference.int8_linear(x, weight, scale, None, 0.0, activations, torch.float64))
+
+
+def test_tuning_that_had_too_little_memory_is_not_tried_again_for_these_rows(monkeypatch):
+    tries = []
+
+    class OutOfMemory:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                tries.append(grid)
+                raise torch.OutOfMemoryError
+
+            return launch
+
+    monkeypatch.setattr(triton_matmul, "_tuned", lambda tiles: OutOfMemory())
+    monkeypatch.setattr(triton_matmul, "_untuned", set())
+    weight, scale = random_weight(40, 128, seed=0)
+    tiles = matmul_tiles(ARCHITECTURES[86], 2048)
+    for rows, expected_tries in ((70, 1), (128, 1), (129, 2), (100, 2)):
+        x = random_activations(rows, 128, torch.float16, "some", rows)
+        q, x_scale, outliers, count = triton_activations.quantize_activations(x, 6.0)
+        y = triton_matmul.int8_matmul(q, x_scale, x, outliers, count, weight, scale, None, tiles)
+        assert_close(y, reference.int8_linear(x, weight, scale, None, 6.0, "int8", torch.float64))
+        assert len(tries) == expected_tries
 
 
 def test_many_rows_of_16_bit_activations_take_the_plain_path():
@@ -256,8 +302,56 @@ def test_an_old_gpu_is_served_by_plain_torch_and_told_so_once(capability):
 
 
 @pytest.mark.parametrize("version", [(8, 0), (8, 6), (9, 0), (12, 0)])
-def test_a_newer_gpu_is_served_by_triton(capability, version):
+def test_a_newer_gpu_is_served_by_triton(capability, version, monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_to_launch", lambda: None)
     assert dispatch.backend_of(capability(*version)) == "triton"
+
+
+@pytest.mark.parametrize("compiler", [None, "no-such-compiler"])
+def test_a_gpu_without_a_c_compiler_is_served_by_plain_torch_and_told_what_to_install(
+    capability, compiler, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    device = capability(8, 6)
+    with pytest.warns(UserWarning, match=f"plain torch.*C compiler.*{compiler or 'install gcc or clang'}"):
+        assert dispatch.backend_of(device) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.backend_of(device) == "torch"
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang", "my-cc"])
+def test_a_compiler_that_triton_finds_is_enough(capability, name, monkeypatch, tmp_path):
+    (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / name).chmod(0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    if name == "my-cc":
+        monkeypatch.setenv("CC", name)
+    assert dispatch.backend_of(capability(8, 6)) == "triton"
+
+
+def test_a_gpu_without_pythons_headers_is_served_by_plain_torch_and_told_what_to_install(
+    capability, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setenv("CC", sys.executable)
+    with pytest.warns(UserWarning, match=r"Python\.h.*python3-dev"):
+        assert dispatch.backend_of(capability(8, 6)) == "torch"
+
+
+def test_there_is_nothing_to_prepare_on_a_cpu():
+    dispatch.prepare_layers([torch.zeros(8, 8, dtype=torch.int8)], torch.float16, 128)
+
+
+def test_a_dtype_that_no_kernel_takes_is_not_prepared():
+    with pytest.raises(TypeError, match="float64"):
+        dispatch.prepare_layers([], torch.float64, 128)
 
 
 def test_other_devices_are_served_by_plain_torch():

@@ -147,9 +147,11 @@ def _table(rows: int, width: int, stored: str, int8: bool) -> Part:
 
 def _check_blocks(config: Config) -> None:
     """Raise ValueError for a number of blocks that no model has: before any list is made that long."""
-    blocks = first_set(config, "num_hidden_layers", "n_layer")
+    names = ("num_hidden_layers", "n_layer")
+    blocks = first_set(config, *names)
     if not isinstance(blocks, int) or not 1 <= blocks <= MOST_BLOCKS:
-        raise ValueError(f"number of blocks: {blocks!r}; models have 1 to {MOST_BLOCKS}")
+        name = next((name for name in names if config.get(name) is not None), names[0])
+        raise ValueError(f"{name}: {blocks!r}; models have 1 to {MOST_BLOCKS} blocks")
 
 
 def _check(sizes: Sizes) -> None:

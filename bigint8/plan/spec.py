@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..checkpoint.headers import Checkpoint
 from ..checkpoint.int8_format import is_int8_config, stored_threshold
-from ..errors import PlanError
+from ..errors import CheckpointError, PlanError
 from ..families.layout import Config, Layout
 from ..families.table import family_of, find_family, layout_of
 from ..options import Access, Int8Config, Workload
@@ -75,7 +75,7 @@ def spec_of(
 ) -> ModelSpec:
     """The spec of a model that was found, from its checkpoint's headers or, without one, from its config alone.
 
-    Raises CheckpointError where there is no config, PlanError for one that lacks sizes.
+    Raises CheckpointError where there is no config, or one that lacks or garbles sizes.
     """
     config = checkpoint.config if checkpoint is not None else source.config(access)
     stored = checkpoint.stored_dtype if checkpoint is not None else _told_dtype(source, config)
@@ -83,7 +83,6 @@ def spec_of(
     threshold = stored_threshold(config) if is_int8_config(config) else None
     if threshold is not None and "threshold" not in settings.model_fields_set:
         settings = settings.model_copy(update={"threshold": threshold})
-    known = find_family(config["model_type"]) is not None
     return ModelSpec(
         name=source.name,
         folder=source.folder,
@@ -91,8 +90,21 @@ def spec_of(
         stored=stored,
         int8=settings,
         access=access,
-        layout=layout_of(config, settings, stored, checkpoint) if known else None,
+        layout=_layout(source, config, settings, stored, checkpoint),
     )
+
+
+def _layout(
+    source: Source, config: Config, int8: Int8Config, stored: str, checkpoint: Checkpoint | None
+) -> Layout | None:
+    if find_family(config["model_type"]) is None:
+        return None
+    try:
+        return layout_of(config, int8, stored, checkpoint)
+    except PlanError as error:  # of a known family: a size that no model has
+        if source.folder is None:
+            raise
+        raise CheckpointError(f"{source.folder / 'config.json'}: {error}") from None
 
 
 def _told_dtype(source: Source, config: Config) -> str:

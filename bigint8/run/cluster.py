@@ -1,15 +1,17 @@
 """The Ray cluster that workers run on: one of our own on loopback, or one that is there."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import parameter, ray_constants
 from ray.exceptions import RayError
 
 from ..errors import WorkerError, in_one_line
+from ..plan.devices import wait_without_spinning
 
 OBJECT_STORE_BYTES = 2**30
 """Of a cluster that we start: only hidden states and logits pass through it."""
@@ -33,7 +35,8 @@ def connect(workers: int | None, address: str | None) -> bool:
             # workers are what this machine is to do, so they run at the priority of the driver.
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")
-            with _loopback_only():
+            wait_without_spinning()
+            with _loopback_only(), _without_monitors():
                 ray.init(
                     address="local",
                     num_cpus=max(workers or 1, os.cpu_count() or 1),
@@ -61,6 +64,20 @@ def pick(workers: int | None, device: str) -> tuple[str, int]:
     if kind == "cpu" and cpus < workers:
         raise WorkerError(f"gpus={workers}: the cluster has {cpus} CPUs for CPU workers; name at most that many")
     return kind, workers
+
+
+@contextlib.contextmanager
+def _without_monitors() -> Iterator[None]:
+    """A Ray started in here has no autoscaler, since nothing is to scale, and nobody who reads its logs to the driver.
+
+    `ray start` has flags for that, `ray.init` has none. Each is a Python process that takes half a second to start.
+    """
+    whole = parameter.RayParams
+    parameter.RayParams = functools.partial(whole, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        parameter.RayParams = whole
 
 
 @contextlib.contextmanager

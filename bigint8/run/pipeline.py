@@ -20,6 +20,7 @@ from ..load.bars import LoadProgress
 from ..options import Cluster
 from ..plan.devices import Device
 from ..plan.plan import Plan
+from ..plan.spec import ModelSpec
 from .cluster import connect, pick
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ class Pipeline:
         self,
         workers: int | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
-        model_type: str | None = None,
+        spec: ModelSpec | None = None,
     ) -> None:
         """Start `workers` actors on the cluster, by default one of their own that listens on loopback only.
 
-        By default as many as the cluster has GPUs, or one on a CPU. `model_type` is that of the model they will load,
-        if it is known: they import its code at once. Raises WorkerError if the cluster cannot be reached or has too few
+        By default as many as the cluster has GPUs, or one on a CPU. `spec` is that of the model they will load, if it
+        is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
         GPUs or CPUs.
         """
         self._started_ray = False
@@ -58,7 +59,7 @@ class Pipeline:
         self.loads = 0
         self._ids = itertools.count()
         self._restarting = threading.Lock()  # sequences in several threads may see the same worker die
-        self._model_type = model_type
+        self._spec = spec
         self.infos: list[WorkerInfo] = []
         try:
             self._started_ray = connect(workers, cluster.address)
@@ -99,7 +100,7 @@ class Pipeline:
                 placement_group=self._group, placement_group_bundle_index=bundle
             ),
         )
-        return actor.remote(self.kind, self._model_type)
+        return actor.remote(self.kind, self._spec)
 
     def devices(self) -> list[Device]:
         """A device for each worker, in order; CPU workers of one box share its memory equally."""

@@ -4,8 +4,6 @@ This module imports neither torch nor transformers, so that a driver starts work
 a worker imports them in the background, while others start.
 """
 
-import contextlib
-import importlib
 import os
 import socket
 import threading
@@ -14,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from ..load.warm_up import compile_kernels, import_model, importing
 from ..plan.devices import Device, cpu_device, cuda_devices
 from ..plan.plan import Plan
+from ..plan.spec import ModelSpec
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -36,12 +36,12 @@ class WorkerInfo:
 class Worker:
     """The actor that owns one device."""
 
-    def __init__(self, kind: str, model_type: str | None = None) -> None:
-        """`model_type` is that of the model it will load, whose code it begins to import."""
+    def __init__(self, kind: str, spec: ModelSpec | None = None) -> None:
+        """`spec` is that of the model it will load: it begins to import its code, and to compile what it needs."""
         self._kind = kind
         self._progress = (0, 0)
         self._stage: Any = None
-        self._imports = threading.Thread(target=_import, args=(kind, model_type), daemon=True)
+        self._imports = threading.Thread(target=_import, args=(kind, spec), daemon=True)
         self._imports.start()
 
     def describe(self) -> WorkerInfo:
@@ -105,26 +105,12 @@ class Worker:
         return self._stage
 
 
-def _import(kind: str, model_type: str | None) -> None:
+def _import(kind: str, spec: ModelSpec | None) -> None:
     """What loading and running need: torch, the model's code, and on a CPU compiled kernels."""
-    from . import running  # noqa: F401
+    with importing():
+        from . import running  # noqa: F401
 
-    if kind == "cpu":
-        compile_kernels()
-    if model_type is not None:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-
-
-def compile_kernels() -> threading.Thread:
-    """Compile what the CPU needs of kernels, in the background, once for all processes of the box.
-
-    Nothing waits for it: a kernel that is needed before that is compiled then.
-    """
-    import torch
-    from bigint8_kernels import compile_cpu_kernels
-
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    thread = threading.Thread(target=compile_cpu_kernels, args=(dtypes,), daemon=True)
-    thread.start()
-    return thread
+        if spec is not None:
+            if kind == "cpu":
+                compile_kernels(spec)
+            import_model(spec)

@@ -20,7 +20,14 @@ import typer
 from ..errors import BigInt8Error
 from ..options import Access, DeviceKind, Dtype, Workload
 from ..plan.cut import fewest_devices
-from ..plan.devices import Device, cuda_devices, find_devices, gpu_presets, preset_gpus
+from ..plan.devices import (
+    Device,
+    cuda_devices,
+    find_devices,
+    gpu_presets,
+    preset_gpus,
+    wait_without_spinning,
+)
 from ..plan.spec import ModelSpec
 from ..units import parse_bytes
 
@@ -151,6 +158,7 @@ def with_flags(message: str) -> str:
 def run_command(app: typer.Typer) -> None:
     """Run a command line; errors of bigint8 are printed without a traceback and exit with 2."""
     unwind_on_sigterm()
+    wait_without_spinning()
     try:
         app()
     except BigInt8Error as error:

@@ -5,8 +5,10 @@ Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
 - `reference`: the definition, in plain torch, in float64 where it matters;
 - `cpu_weights`: quantization of weights on the CPU, in numba (`numba_bits`: numbers from their bits; `numba_cache`:
   what numba compiled, dropped when the sources change);
-- `cpu`: the linear layer on the CPU, numba kernels with an integer or a float GEMM;
+- `cpu`: the linear layer on the CPU, numba kernels with an integer or a float GEMM (`cpu_product`: that of integers;
+  `numba_vectors`: the vectors it is made of; `cpu_threads`: kernels on several threads);
 - `cpu_float`: 16-bit float weights on the CPU, multiplied in float32;
+- `cpu_ahead`: all kernels for the CPU, compiled before they are needed;
 - `triton_weights`, `triton_activations`, `triton_matmul`, `triton_gemv`: the kernels for GPUs, a family a file
   (`triton_numbers`: what they share); `gpu_tiles`: their configurations; `gpu`: which of them serves how many rows;
 - `resources`: what they need of a GPU, from their machine code: `python -m bigint8_kernels.resources`;
@@ -14,15 +16,25 @@ Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
 - `dispatch`: which of them serves a device. The functions here are its own.
 """
 
-from .dispatch import copy_values, float_linear, int8_linear, quantize_rows, quantize_rows_counting
+from .dispatch import (
+    compile_cpu_kernels,
+    copy_values,
+    float_linear,
+    int8_linear,
+    prepare_layers,
+    quantize_rows,
+    quantize_rows_counting,
+)
 from .reference import FEW_ROWS, Activations
 
 __all__ = [
     "FEW_ROWS",
     "Activations",
+    "compile_cpu_kernels",
     "copy_values",
     "float_linear",
     "int8_linear",
+    "prepare_layers",
     "quantize_rows",
     "quantize_rows_counting",
 ]

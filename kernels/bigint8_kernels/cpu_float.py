@@ -7,67 +7,67 @@ Dimensions: T tokens, K input features, N output features.
 """
 
 import numpy as np
-from numba import njit, prange
+import torch
+from numba import njit
 from torch import Tensor
 
 from . import generic
-from .cpu import threads_for
-from .numba_bits import as_bits, to_float32
+from .cpu_threads import Work, kernel, threads_for, work_at
+from .numba_bits import float32_at, int16_at, to_float32, uint16_at
 
 MOST_ROWS = 32
 """Rows of X that this serves; for more, torch's product with slices of the weight in float32 is faster."""
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _dot(x_K, w_K):
-    total = np.float32(0.0)
-    for k in range(x_K.shape[0]):
-        total += x_K[k] * to_float32(w_K[k])
-    return total
+@njit(fastmath={"reassoc", "contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _multiply(work, w, part, parts):
+    """Four rows of W at once, a quarter of them all apart: long streams, as in `cpu_product.multiply`."""
+    features, rows = work.features, work.rows
+    start, stop = part * rows // parts, (part + 1) * rows // parts
+    apart = (stop - start + 3) // 4
+    for i in range(apart):
+        n0, n3 = start + i, stop - apart + i
+        n1, n2 = min(n0 + apart, n3), min(n0 + 2 * apart, n3)
+        w0, w1, w2, w3 = n0 * features, n1 * features, n2 * features, n3 * features
+        for t in range(work.tokens):
+            x_K, y_N = float32_at(work.x, t * features), float32_at(work.y, t * rows)
+            y0 = y1 = y2 = y3 = np.float32(0.0)
+            for k in range(features):
+                x = x_K[k]
+                y0 += x * to_float32(w[w0 + k])
+                y1 += x * to_float32(w[w1 + k])
+                y2 += x * to_float32(w[w2 + k])
+                y3 += x * to_float32(w[w3 + k])
+            y_N[n0], y_N[n1], y_N[n2], y_N[n3] = y0, y1, y2, y3
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _four_dots(x_K, w0_K, w1_K, w2_K, w3_K):
-    y0 = y1 = y2 = y3 = np.float32(0.0)
-    for k in range(x_K.shape[0]):
-        x = x_K[k]
-        y0 += x * to_float32(w0_K[k])
-        y1 += x * to_float32(w1_K[k])
-        y2 += x * to_float32(w2_K[k])
-        y3 += x * to_float32(w3_K[k])
-    return y0, y1, y2, y3
+@kernel
+def multiply_float16(address, part, parts):
+    """Y = X W^T of a part of the rows of W, which are float16."""
+    work = work_at(address)
+    _multiply(work, uint16_at(work.weight, 0), part, parts)
 
 
-@njit(nogil=True, cache=True)
-def _multiply(x_TK, w_NK, y_TN, start, stop):
-    """Four rows at once, a quarter of them all apart: long streams, as in `cpu_product.multiply`."""
-    apart = (stop - start) // 4
-    for n in range(start, start + apart):
-        n1, n2, n3 = n + apart, n + 2 * apart, n + 3 * apart
-        for t in range(x_TK.shape[0]):
-            y0, y1, y2, y3 = _four_dots(x_TK[t], w_NK[n], w_NK[n1], w_NK[n2], w_NK[n3])
-            y_TN[t, n], y_TN[t, n1], y_TN[t, n2], y_TN[t, n3] = y0, y1, y2, y3
-    for n in range(start + 4 * apart, stop):
-        for t in range(x_TK.shape[0]):
-            y_TN[t, n] = _dot(x_TK[t], w_NK[n])
+@kernel
+def multiply_bfloat16(address, part, parts):
+    """Y = X W^T of a part of the rows of W, which are bfloat16."""
+    work = work_at(address)
+    _multiply(work, int16_at(work.weight, 0), part, parts)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _multiply_parallel(x_TK, w_NK, y_TN, parts):
-    rows = w_NK.shape[0]
-    for part in prange(parts):
-        _multiply(x_TK, w_NK, y_TN, part * rows // parts, (part + 1) * rows // parts)
+PRODUCTS = {torch.float16: multiply_float16, torch.bfloat16: multiply_bfloat16}
+"""The kernel for each dtype of the weights."""
 
 
 def float_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """Float32 X (T, K) times float16 or bfloat16 weights (N, K): float32 (T, N). Both are contiguous."""
-    if x_TK.shape[0] > MOST_ROWS:
+    (tokens, features), rows = x_TK.shape, weight_NK.shape[0]
+    if tokens > MOST_ROWS:
         return generic.float_linear(x_TK, weight_NK)
-    y_TN = x_TK.new_empty(x_TK.shape[0], weight_NK.shape[0])
-    arrays = x_TK.detach().numpy(), as_bits(weight_NK.detach()).numpy(), y_TN.numpy()
-    with threads_for(x_TK.shape[0] * weight_NK.numel()) as parts:
-        if parts > 1:
-            _multiply_parallel(*arrays, parts)
-        else:
-            _multiply(*arrays, 0, weight_NK.shape[0])
+    y_TN = x_TK.new_empty(tokens, rows)
+    work = Work(
+        x=x_TK.data_ptr(), weight=weight_NK.data_ptr(), y=y_TN.data_ptr(), tokens=tokens, features=features, rows=rows
+    )
+    with threads_for(tokens * weight_NK.numel()) as parts:
+        PRODUCTS[weight_NK.dtype](work, parts)
     return y_TN

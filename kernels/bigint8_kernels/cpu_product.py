@@ -7,228 +7,157 @@ instruction (`pmaddwd`, AVX2; with VNNI the addition too), twice the products of
 After each BLOCK values along K, of which even a single sum of all products would stay below 2**31, the lanes become
 float32, times the scale that the activations of this token have in this block, and counting begins anew.
 
-The tile is written in LLVM's own language, since numba has no vectors of fixed width: left to itself, the compiler
-keeps neither the widened weights nor the sums in registers.
+A tile is as many of these sums as the registers hold: four tokens times two rows of the weight, or one token times four
+rows. Its sums have a variable each, since numba keeps variables in registers and arrays in memory.
 
 Dimensions: T tokens, K input features, N output features, B blocks of K.
 """
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+from numba import njit
 
+from .cpu_threads import blocks_of, kernel, work_at
+from .numba_bits import float32_at, int8_at, int16_at
+from .numba_vectors import (
+    STEP,
+    add_products,
+    add_scaled,
+    load_int8,
+    load_int16,
+    prefetch,
+    sum_of,
+    zero_floats,
+    zero_ints,
+)
 from .reference import BLOCK
-
-STEP = 16
-"""Values along K that one step takes."""
 
 SLICE_BYTES = 2**17
 """Size of the slice of the weight that all tokens are multiplied with before the next: it stays in a core's cache."""
 
-
 PREFETCH_BYTES = 512
 """How far ahead of where it reads a row a tile asks for weights."""
 
-
-def make_tile(tokens: int, rows: int):
-    """A numba function of tokens x rows dot products.
-
-    `tile(x, x_stride, x_scale, scale_stride, w, w_stride, steps, out)`, pointers and strides in values: x int16, a
-    token every `x_stride`; x_scale float32, one for each BLOCK; w int8, a row every `w_stride`; `steps` of STEP values.
-    Writes float32 out[t * rows + r] = sum over k of x[t, k] * x_scale[t, k // BLOCK] * w[r, k].
-    """
-
-    @intrinsic
-    def tile(typingctx, x, x_stride, x_scale, scale_stride, w, w_stride, steps, out):
-        signature = types.void(
-            types.CPointer(types.int16), types.intp, types.CPointer(types.float32), types.intp,
-            types.CPointer(types.int8), types.intp, types.intp, types.CPointer(types.float32),
-        )  # fmt: skip
-        return signature, _codegen(tokens, rows)
-
-    return tile
+STEPS_A_BLOCK = BLOCK // STEP
 
 
-def _codegen(tokens, rows):
-    i16, i32, f32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
-    lanes = STEP // 2
-    ints, floats = ir.VectorType(i32, lanes), ir.VectorType(f32, lanes)
-    evens = ir.Constant(ir.VectorType(i32, lanes), list(range(0, STEP, 2)))
-    odds = ir.Constant(ir.VectorType(i32, lanes), list(range(1, STEP, 2)))
-
-    def codegen(context, builder, signature, args):
-        x, x_stride, x_scale, scale_stride, w, w_stride, steps, out = args
-        index = steps.type
-
-        kind = ir.FunctionType(ir.VoidType(), [w.type, i32, i32, i32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-
-        def load(pointer, offset, item, count, align):
-            at = builder.gep(pointer, [offset])
-            vector = builder.load(builder.bitcast(at, ir.VectorType(item, count).as_pointer()))
-            vector.align = align
-            return vector
-
-        def products(activations, weights):
-            """Neighbouring products, added: the pattern that the compiler turns into one instruction."""
-            wide = ir.VectorType(i32, STEP)
-            product = builder.mul(builder.sext(activations, wide), builder.sext(weights, wide))
-            undefined = ir.Constant(wide, ir.Undefined)
-            even = builder.shuffle_vector(product, undefined, evens)
-            return builder.add(even, builder.shuffle_vector(product, undefined, odds))
-
-        sums = []
-        for _ in range(tokens * rows):
-            slot = builder.alloca(floats)
-            slot.align = 4 * lanes
-            builder.store(ir.Constant(floats, [0.0] * lanes), slot)
-            sums.append(slot)
-        before = builder.block
-        blocks, inner, after, end = (builder.append_basic_block(n) for n in ("blocks", "inner", "after", "end"))
-        one, per_block = ir.Constant(index, 1), ir.Constant(index, BLOCK // STEP)
-        distance, to_read_soon = ir.Constant(index, PREFETCH_BYTES), [ir.Constant(i32, value) for value in (0, 3, 1)]
-        builder.cbranch(builder.icmp_signed(">", steps, ir.Constant(index, 0)), blocks, end)
-
-        builder.position_at_end(blocks)
-        block, first = builder.phi(index), builder.phi(index)
-        block.add_incoming(ir.Constant(index, 0), before)
-        first.add_incoming(ir.Constant(index, 0), before)
-        full = builder.add(first, per_block)
-        last = builder.select(builder.icmp_signed("<", full, steps), full, steps)
-        builder.branch(inner)
-
-        builder.position_at_end(inner)
-        step = builder.phi(index)
-        step.add_incoming(first, blocks)
-        accumulators = [builder.phi(ints) for _ in range(tokens * rows)]
-        for accumulator in accumulators:
-            accumulator.add_incoming(ir.Constant(ints, [0] * lanes), blocks)
-        k = builder.mul(step, ir.Constant(index, STEP))
-        x_rows = [
-            load(x, builder.add(builder.mul(x_stride, ir.Constant(index, t)), k), i16, STEP, 2) for t in range(tokens)
-        ]
-        added = [None] * (tokens * rows)
-        for r in range(rows):
-            narrow = load(w, builder.add(builder.mul(w_stride, ir.Constant(index, r)), k), ir.IntType(8), STEP, 1)
-            ahead = builder.add(builder.mul(w_stride, ir.Constant(index, r)), builder.add(k, distance))
-            builder.call(prefetch, [builder.gep(w, [ahead]), *to_read_soon])
-            weights = builder.sext(narrow, ir.VectorType(i16, STEP))
-            for t in range(tokens):
-                i = t * rows + r
-                added[i] = builder.add(accumulators[i], products(x_rows[t], weights))
-        next_step = builder.add(step, one)
-        step.add_incoming(next_step, inner)
-        for accumulator, value in zip(accumulators, added, strict=True):
-            accumulator.add_incoming(value, inner)
-        builder.cbranch(builder.icmp_signed("<", next_step, last), inner, after)
-
-        builder.position_at_end(after)
-        for t in range(tokens):
-            at = builder.add(builder.mul(scale_stride, ir.Constant(index, t)), block)
-            scale = builder.load(builder.gep(x_scale, [at]))
-            splat = builder.insert_element(ir.Constant(floats, ir.Undefined), scale, ir.Constant(i32, 0))
-            splat = builder.shuffle_vector(splat, splat, ir.Constant(ir.VectorType(i32, lanes), [0] * lanes))
-            for r in range(rows):
-                i = t * rows + r
-                part = builder.fmul(builder.sitofp(added[i], floats), splat)
-                builder.store(builder.fadd(builder.load(sums[i]), part), sums[i])
-        next_block = builder.add(block, one)
-        block.add_incoming(next_block, after)
-        first.add_incoming(last, after)
-        builder.cbranch(builder.icmp_signed("<", last, steps), blocks, end)
-
-        builder.position_at_end(end)
-        for i, slot in enumerate(sums):
-            total = builder.load(slot)
-            width = lanes
-            while width > 1:  # halves onto halves
-                width //= 2
-                mask = ir.Constant(ir.VectorType(i32, width), list(range(width)))
-                upper = ir.Constant(ir.VectorType(i32, width), list(range(width, 2 * width)))
-                total = builder.fadd(
-                    builder.shuffle_vector(total, total, mask), builder.shuffle_vector(total, total, upper)
-                )
-            value = builder.extract_element(total, ir.Constant(i32, 0))
-            builder.store(value, builder.gep(out, [ir.Constant(index, i)]))
-        return context.get_dummy_value()
-
-    return codegen
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _dots_1x4(x, x_scale, w0, w1, w2, w3, steps):
+    """The products of one token with four rows: sum over k of x[k] * x_scale[k // BLOCK] * w[k], whole steps only."""
+    y0 = y1 = y2 = y3 = zero_floats()
+    for first in range(0, steps, STEPS_A_BLOCK):
+        s0 = s1 = s2 = s3 = zero_ints()
+        for step in range(first, min(first + STEPS_A_BLOCK, steps)):
+            k = step * STEP
+            xs = load_int16(x, k)
+            s0 = add_products(s0, xs, load_int8(w0, k))
+            prefetch(w0, k + PREFETCH_BYTES)
+            s1 = add_products(s1, xs, load_int8(w1, k))
+            prefetch(w1, k + PREFETCH_BYTES)
+            s2 = add_products(s2, xs, load_int8(w2, k))
+            prefetch(w2, k + PREFETCH_BYTES)
+            s3 = add_products(s3, xs, load_int8(w3, k))
+            prefetch(w3, k + PREFETCH_BYTES)
+        scale = x_scale[first // STEPS_A_BLOCK]
+        y0, y1 = add_scaled(y0, s0, scale), add_scaled(y1, s1, scale)
+        y2, y3 = add_scaled(y2, s2, scale), add_scaled(y3, s3, scale)
+    return sum_of(y0), sum_of(y1), sum_of(y2), sum_of(y3)
 
 
-@intrinsic
-def _pointer(typingctx, array, offset):
-    """The address of a value of a contiguous array, so many values from its start."""
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _dots_4x2(x, features, x_scale, blocks, u, v, steps):
+    """The products of four tokens in a row with the rows u and v of the weight, as `_dots_1x4` of each: u first."""
+    yu0 = yu1 = yu2 = yu3 = yv0 = yv1 = yv2 = yv3 = zero_floats()
+    for first in range(0, steps, STEPS_A_BLOCK):
+        su0 = su1 = su2 = su3 = sv0 = sv1 = sv2 = sv3 = zero_ints()
+        for step in range(first, min(first + STEPS_A_BLOCK, steps)):
+            k = step * STEP
+            us, vs = load_int8(u, k), load_int8(v, k)
+            prefetch(u, k + PREFETCH_BYTES)
+            prefetch(v, k + PREFETCH_BYTES)
+            xs = load_int16(x, k)
+            su0, sv0 = add_products(su0, xs, us), add_products(sv0, xs, vs)
+            xs = load_int16(x, features + k)
+            su1, sv1 = add_products(su1, xs, us), add_products(sv1, xs, vs)
+            xs = load_int16(x, 2 * features + k)
+            su2, sv2 = add_products(su2, xs, us), add_products(sv2, xs, vs)
+            xs = load_int16(x, 3 * features + k)
+            su3, sv3 = add_products(su3, xs, us), add_products(sv3, xs, vs)
+        b = first // STEPS_A_BLOCK
+        scale = x_scale[b]
+        yu0, yv0 = add_scaled(yu0, su0, scale), add_scaled(yv0, sv0, scale)
+        scale = x_scale[blocks + b]
+        yu1, yv1 = add_scaled(yu1, su1, scale), add_scaled(yv1, sv1, scale)
+        scale = x_scale[2 * blocks + b]
+        yu2, yv2 = add_scaled(yu2, su2, scale), add_scaled(yv2, sv2, scale)
+        scale = x_scale[3 * blocks + b]
+        yu3, yv3 = add_scaled(yu3, su3, scale), add_scaled(yv3, sv3, scale)
+    return (sum_of(yu0), sum_of(yu1), sum_of(yu2), sum_of(yu3)), (sum_of(yv0), sum_of(yv1), sum_of(yv2), sum_of(yv3))
 
-    def codegen(context, builder, signature, args):
-        data = make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.gep(data, [args[1]])
 
-    return types.CPointer(array.dtype)(array, types.intp), codegen
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _finish(work, dot, t, n):
+    """A sum of a tile into Y: what no step took of K, the scale and the bias."""
+    features = work.features
+    x_K, w_K = int16_at(work.q, t * features), int8_at(work.weight, n * features)
+    x_scale_B = float32_at(work.x_scale, t * blocks_of(features))
+    y = dot
+    for k in range(features // STEP * STEP, features):
+        y += np.float32(x_K[k]) * np.float32(w_K[k]) * x_scale_B[k // BLOCK]
+    y *= float32_at(work.scale, n)[0]
+    if work.bias:
+        y += float32_at(work.bias, n)[0]
+    float32_at(work.y, t * work.rows + n)[0] = y
 
 
-_tile_4x2, _tile_4x1 = make_tile(4, 2), make_tile(4, 1)
-_tile_1x4, _tile_1x1 = make_tile(1, 4), make_tile(1, 1)
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _multiply_one(work, t, first, last):
+    """One token times the rows from first to last, four rows that lie far apart at a time."""
+    features = work.features
+    x, x_scale = int16_at(work.q, t * features), float32_at(work.x_scale, t * blocks_of(features))
+    apart = (last - first + 3) // 4
+    for i in range(apart):
+        n0 = first + i
+        n1, n2, n3 = min(n0 + apart, last - apart + i), min(n0 + 2 * apart, last - apart + i), last - apart + i
+        w0, w1 = int8_at(work.weight, n0 * features), int8_at(work.weight, n1 * features)
+        w2, w3 = int8_at(work.weight, n2 * features), int8_at(work.weight, n3 * features)
+        y0, y1, y2, y3 = _dots_1x4(x, x_scale, w0, w1, w2, w3, features // STEP)
+        _finish(work, y0, t, n0)
+        _finish(work, y1, t, n1)
+        _finish(work, y2, t, n2)
+        _finish(work, y3, t, n3)
 
 
-@njit(nogil=True, cache=True)
-def multiply(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, start, stop):
-    """Y = X W^T * scale (+ bias, unless that is empty) for the output features from start to stop.
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _multiply_four(work, t, first, last):
+    """The tokens from t to t + 3 times the rows from first to last, two rows that lie far apart at a time."""
+    features, blocks = work.features, blocks_of(work.features)
+    x, x_scale = int16_at(work.q, t * features), float32_at(work.x_scale, t * blocks)
+    apart = (last - first + 1) // 2
+    for i in range(apart):
+        n0, n1 = first + i, last - apart + i
+        u, v = int8_at(work.weight, n0 * features), int8_at(work.weight, n1 * features)
+        of_u, of_v = _dots_4x2(x, features, x_scale, blocks, u, v, features // STEP)
+        for j in range(4):
+            _finish(work, of_u[j], t + j, n0)
+            _finish(work, of_v[j], t + j, n1)
+
+
+@kernel
+def multiply(address, part, parts):
+    """Y = X W^T * scale (+ bias) of a part of the rows of W, X being `work.q` and `work.x_scale`.
 
     The rows of a tile lie far apart, so that each is read on from where the tile before stopped: several long streams,
-    which the CPU fetches ahead by itself. Rows side by side are as many short ones, which it does not.
+    which the CPU fetches ahead by itself. Rows side by side are as many short ones, which it does not. Where the rows
+    are no multiple of the tile's, its last streams overlap, and a few rows are multiplied twice.
     """
-    tokens, features = x_TK.shape
-    blocks = x_scale_TB.shape[1]
-    steps = features // STEP
-    out = np.empty(8, np.float32)
+    work = work_at(address)
+    tokens = work.tokens
+    start, stop = part * work.rows // parts, (part + 1) * work.rows // parts
     once = tokens // 4 + tokens % 4 == 1  # one tile takes all tokens: W is read through only once, without slices
-    slice_rows = max(1, stop - start) if once else max(8, SLICE_BYTES // max(1, features))
+    slice_rows = max(1, stop - start) if once else max(8, SLICE_BYTES // max(1, work.features))
     for first in range(start, stop, slice_rows):
         last = min(first + slice_rows, stop)
-        t = 0
-        while t < tokens:
-            x, x_scale = _pointer(x_TK, t * features), _pointer(x_scale_TB, t * blocks)
-            count, rows = (4, 2) if t + 4 <= tokens else (1, 4)
-            apart = (last - first) // rows
-            for n in range(first, first + apart):
-                w = _pointer(w_NK, n * features)
-                if count == 4:
-                    _tile_4x2(x, features, x_scale, blocks, w, apart * features, steps, _pointer(out, 0))
-                else:
-                    _tile_1x4(x, features, x_scale, blocks, w, apart * features, steps, _pointer(out, 0))
-                _finish(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, out, t, count, n, rows, apart)
-            for n in range(first + rows * apart, last):
-                w = _pointer(w_NK, n * features)
-                if count == 4:
-                    _tile_4x1(x, features, x_scale, blocks, w, features, steps, _pointer(out, 0))
-                else:
-                    _tile_1x1(x, features, x_scale, blocks, w, features, steps, _pointer(out, 0))
-                _finish(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, out, t, count, n, 1, 1)
-            t += count
-
-
-@njit(nogil=True, cache=True)
-def _finish(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, sums, token, tokens, row, rows, apart):
-    """Values of a tile into Y: what no step took of K, the scales and the bias."""
-    features = x_TK.shape[1]
-    for i in range(tokens):
-        t = token + i
-        for j in range(rows):
-            n = row + j * apart
-            y = sums[i * rows + j]
-            for k in range(features // STEP * STEP, features):
-                y += np.float32(x_TK[t, k]) * np.float32(w_NK[n, k]) * x_scale_TB[t, k // BLOCK]
-            y *= scale_N[n]
-            y_TN[t, n] = y + bias_N[n] if bias_N.shape[0] else y
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def multiply_parallel(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, parts):
-    """`multiply` of all output features by `parts` threads."""
-    rows = w_NK.shape[0]
-    for part in prange(parts):
-        start, stop = part * rows // parts, (part + 1) * rows // parts
-        multiply(x_TK, x_scale_TB, w_NK, scale_N, bias_N, y_TN, start, stop)
+        for t in range(0, tokens - 3, 4):
+            _multiply_four(work, t, first, last)
+        for t in range(tokens // 4 * 4, tokens):
+            _multiply_one(work, t, first, last)

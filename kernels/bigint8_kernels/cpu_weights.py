@@ -18,7 +18,7 @@ TILE = 64
 """Side of the square in which a transposed weight is turned: 4 KiB of int8 stay in a core's L1 cache."""
 
 
-@njit(inline="always")
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def row_scale(absmax):
     """The scale of a row and the factor that quantizes it, in float32; zeros for a row of zeros."""
     if absmax < np.float32(SMALLEST_ABSMAX):
@@ -27,7 +27,7 @@ def row_scale(absmax):
 
 
 @njit(nogil=True, cache=True)
-def _quantize_rows(source_RK, out_RK, scale_R):
+def quantize(source_RK, out_RK, scale_R):
     bad = 0
     for r in range(source_RK.shape[0]):
         row = source_RK[r]
@@ -48,7 +48,7 @@ def _quantize_rows(source_RK, out_RK, scale_R):
 
 
 @njit(nogil=True, cache=True)
-def _largest_of_columns(source_KR, largest_R):
+def largest_of_columns(source_KR, largest_R):
     for k in range(source_KR.shape[0]):
         row = source_KR[k]
         for r in range(row.shape[0]):
@@ -58,7 +58,7 @@ def _largest_of_columns(source_KR, largest_R):
 
 
 @njit(nogil=True, cache=True)
-def _quantize_columns(source_KR, largest_R, out_RK, scale_R):
+def quantize_columns(source_KR, largest_R, out_RK, scale_R):
     """Quantize and turn a weight that is stored as (in_features, out_features), tile by tile."""
     features, rows = source_KR.shape
     inverse_R = np.empty(rows, np.float32)
@@ -95,13 +95,13 @@ def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:
         source = as_bits(source_RK.T).numpy()
         unsigned = np.uint32 if source_RK.dtype == torch.float32 else np.uint16
         largest = np.zeros(source.shape[1], unsigned)
-        _largest_of_columns(source, largest)
-        return bool(_quantize_columns(source, largest, out, scale) == 0)
-    return bool(_quantize_rows(as_bits(source_RK.contiguous()).numpy(), out, scale) == 0)
+        largest_of_columns(source, largest)
+        return bool(quantize_columns(source, largest, out, scale) == 0)
+    return bool(quantize(as_bits(source_RK.contiguous()).numpy(), out, scale) == 0)
 
 
 @njit(nogil=True, cache=True)
-def _copy(source, out):
+def copy(source, out):
     infinite = 0
     overflowed = 0
     for i in range(source.shape[0]):
@@ -118,5 +118,5 @@ def copy_values(source: Tensor, out: Tensor) -> tuple[bool, bool]:
 
     Both contiguous, of one shape. Returns whether all values are finite, and whether all still are in their new format.
     """
-    infinite, overflowed = _copy(as_bits(source).view(-1).numpy(), as_bits(out).view(-1).numpy())
+    infinite, overflowed = copy(as_bits(source).view(-1).numpy(), as_bits(out).view(-1).numpy())
     return infinite == 0, overflowed == 0

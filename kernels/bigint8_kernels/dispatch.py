@@ -12,8 +12,13 @@
 
 import functools
 import importlib.util
+import os
+import shutil
+import sysconfig
 import threading
 import warnings
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -40,11 +45,63 @@ def backend_of(device: torch.device) -> Literal["cpu", "triton", "torch"]:
         reason = f"it has compute capability {major}.{minor}, and int8 dot products in Triton need {OLDEST / 10:.1f}"
     elif importlib.util.find_spec("triton") is None:
         reason = "triton is not installed (pip install triton)"
+    elif missing := missing_to_launch():
+        reason = f"Triton compiles what starts its kernels, and there is no {missing}"
     else:
         return "triton"
     name = torch.cuda.get_device_name(device)
     warnings.warn(f"{device} ({name}) runs int8 layers in plain torch, which is slower: {reason}", stacklevel=2)
     return "torch"
+
+
+def compile_cpu_kernels(dtypes: Iterable[torch.dtype]) -> float:
+    """Compile the CPU's kernels, or load them from numba's cache, before they are needed: seconds it took.
+
+    `dtypes` are those in which weights are stored. See `cpu_ahead`, which takes as long to import as numba does.
+    """
+    from . import cpu_ahead
+
+    return cpu_ahead.compile_cpu_kernels(dtypes)
+
+
+def missing_to_launch() -> str | None:
+    """What Triton, which builds its launcher in C at the first launch, does not find for that, and how to get it."""
+    from triton import knobs
+
+    if knobs.build.impl is not None:
+        return None
+    named = os.environ.get("CC")
+    if named is not None and shutil.which(named) is None:
+        return f"C compiler {named}, which CC names (install it, or unset CC and install gcc or clang)"
+    if named is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "C compiler (install gcc or clang, or name one in CC)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h")
+    return None if header.exists() else f"{header} (install Python's headers: python3-dev or python3-devel)"
+
+
+def prepare_layers(
+    weights_NK: Iterable[Tensor], dtype: torch.dtype, most_rows: int, activations: Activations = "auto"
+) -> None:
+    """Compile and tune now what `int8_linear` would at the first token and the first prompts with these int8 weights.
+
+    `dtype` is that of X, `most_rows` the most tokens that a prompt brings at once. Call it when the weights are loaded:
+    they are multiplied as they are, and what it takes besides is X, Y and, to tune, 256 MiB for a moment. Where nothing
+    was compiled before it takes long. Does nothing for devices that Triton does not serve. Raises TypeError for another
+    dtype than `int8_linear` takes.
+    """
+    if dtype not in SOURCE_DTYPES:
+        raise TypeError(f"prepare_layers prepares for float16, bfloat16 and float32 activations, not {dtype}")
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for weight_NK in weights_NK:
+        by_device.setdefault(weight_NK.device, []).append(weight_NK)
+    for device, there in by_device.items():
+        if backend_of(device) == "triton":
+            from . import gpu
+
+            with torch.cuda.device(device), _launching:
+                gpu.prepare(there, dtype, most_rows, activations, gpu.gpu_of(device))
+                torch.cuda.empty_cache()
 
 
 def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:

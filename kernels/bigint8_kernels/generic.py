@@ -1,8 +1,9 @@
-"""Int8 on any torch device, in plain torch operations: the path of CUDA devices.
+"""Int8 on any torch device, in plain torch operations: where no kernel runs, and for many rows of 16-bit activations.
 
-The linear layer multiplies in X's own dtype against weights dequantized a slice of rows at a time, so no 16-bit copy
-of the whole weight ever exists. LLM.int8() activations are rounded to their int8 grid first; with the outlier columns
-left as they are, one product gives both parts of the decomposition.
+The linear layer multiplies in X's own dtype with a slice of the weight's rows at a time in that dtype, so no 16-bit
+copy of the whole weight ever exists. An int8 number is exact in each of them, and the scale of W is applied to Y: the
+slice takes 2 bytes a weight (4 for float32) and nothing of its size besides. LLM.int8() activations are rounded to
+their int8 grid first; with the outlier columns left as they are, one product gives both parts of the decomposition.
 """
 
 import torch
@@ -12,7 +13,7 @@ from . import reference
 from .reference import Activations, resolve_activations
 
 SLICE_BYTES = 64 * 2**20
-"""Size of the dequantized slice of the weight that one product reads."""
+"""Size of the slice of the weight in X's dtype that one product reads."""
 
 
 FLOAT_SLICE_VALUES = 2**20
@@ -63,13 +64,28 @@ def int8_linear(
         x_TK = round_activations(x_TK, threshold)
     else:
         x_TK = reference.round_to_16bit(x_TK)
+    x_TK, factor_T1 = _without_overflow(x_TK)
     n, k = weight_NK.shape
     y_TN = x_TK.new_empty(x_TK.shape[0], n)
     step = max(1, SLICE_BYTES // max(1, k * x_TK.element_size()))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        w_SK = (weight_NK[rows] * scale_N[rows, None]).to(x_TK.dtype)
-        y_TN[:, rows] = x_TK @ w_SK.T
+        y_TS = x_TK @ weight_NK[rows].to(x_TK.dtype).T
+        y_TN[:, rows] = y_TS * (scale_N[rows] * factor_T1)  # in float32, which the factors are in
     if bias_N is not None:
         y_TN += bias_N  # in place, so that Y keeps X's dtype
     return y_TN
+
+
+def _without_overflow(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """X whose products with int8 numbers have sums that its dtype holds, and float32 (T, 1), or (1, 1), to undo it.
+
+    float16 ends at 65504. A row is divided by the power of two that brings 127 sum |x| below 2**15, which bounds every
+    partial sum. That changes exponents alone but where a value ends below 2**-14: its last bit, 2**-24, is then less
+    than 2**-14 of the row's mean, up to 60,000 features. The other dtypes end at 3e38 and stay as they are.
+    """
+    if x_TK.dtype != torch.float16:
+        return x_TK, torch.ones(1, 1, device=x_TK.device)
+    _, exponent_T1 = torch.frexp(127 * x_TK.abs().sum(dim=1, keepdim=True, dtype=torch.float32))
+    factor_T1 = torch.exp2((exponent_T1 - 15).clamp(0, 24).float())  # float16 has 2**-24, not 2**-25
+    return x_TK * factor_T1.reciprocal().half(), factor_T1

@@ -1,6 +1,7 @@
 """The int8 linear layer on GPUs of compute capability 8.0 and newer: which kernel and tile for how many rows."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +9,17 @@ import triton
 from torch import Tensor
 
 from . import generic
-from .gpu_tiles import Architecture, architecture_of, gemv_tile, matmul_tiles, split_of
+from .gpu_tiles import (
+    FEW_ROW_TILES,
+    Architecture,
+    GemvTile,
+    MatmulTile,
+    architecture_of,
+    gemv_tile,
+    matmul_tiles,
+    row_bucket,
+    split_of,
+)
 from .reference import Activations, resolve_activations, round_to_16bit
 from .triton_activations import quantize_activations
 from .triton_gemv import int8_gemv
@@ -58,21 +69,37 @@ def int8_linear(
     rows, features = x_TK.shape
     outputs = weight_NK.shape[0]
 
-    def split(tile_rows: int, tile_outputs: int, depth: int) -> int:
-        programs = triton.cdiv(rows, tile_rows) * triton.cdiv(outputs, tile_outputs)
-        return split_of(programs, gpu.processors, features // depth)
+    def split(tile: MatmulTile | GemvTile) -> int:
+        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
+        return split_of(programs, tile.warps, gpu.processors, features // tile.depth)
 
     if resolve_activations(activations, rows) == "16bit":
         if rows > MOST_GEMV_ROWS:
             return generic.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, "16bit")
         vector = gemv_tile(rows, is_float32)
-        vector = replace(vector, split=split(vector.rows, vector.outputs, vector.depth))
+        vector = replace(vector, split=split(vector))
         return int8_gemv(round_to_16bit(x_TK), weight_NK, scale_N, bias_N, vector)
     quantized = quantize_activations(x_TK, threshold)
-    tiles = matmul_tiles(gpu.architecture, rows, is_float32)
+    tiles = matmul_tiles(gpu.architecture, rows, is_float32, features)
     if triton.knobs.runtime.interpret:  # there is nothing to time
         tiles = tiles[:1]
-    if len(tiles) == 1:
-        tiles = (replace(tiles[0], split=split(tiles[0].rows, tiles[0].outputs, tiles[0].depth)),)
+    if is_float32 or rows <= max(FEW_ROW_TILES):
+        tiles = (replace(tiles[0], split=split(tiles[0])),)
     q_TK, x_scale_T, outliers_C, count = quantized
     return int8_matmul(q_TK, x_scale_T, x_TK, outliers_C, count, weight_NK, scale_N, bias_N, tiles)
+
+
+def prepare(
+    weights_NK: Iterable[Tensor], dtype: torch.dtype, most_rows: int, activations: Activations, gpu: Gpu
+) -> None:
+    """Launch what `int8_linear` does for up to `most_rows` rows of X in `dtype`, with one of the weights of each shape.
+
+    That compiles these kernels, and tunes those that have several tiles. The weights are on one device.
+    """
+    buckets = (1, 2, *(2**i for i in range(5, row_bucket(most_rows).bit_length())), most_rows)
+    for weight_NK in {weight_NK.shape: weight_NK for weight_NK in weights_NK}.values():
+        outputs, features = weight_NK.shape
+        scale_N = torch.ones(outputs, dtype=torch.float32, device=weight_NK.device)
+        for rows in dict.fromkeys(min(rows, most_rows) for rows in buckets):
+            x_TK = torch.zeros(rows, features, dtype=dtype, device=weight_NK.device)
+            int8_linear(x_TK, weight_NK, scale_N, None, 6.0, activations, gpu)

@@ -21,8 +21,8 @@ Waves, programs / (SMs x blocks an SM), and the share of the SMs' time that a la
     Llama-7B, 4096            6.2 (89 %)            3.1 (78 %)            6.2 (89 %)
     Llama-7B, 11008           16.8 (99 %)           8.4 (93 %)            16.8 (99 %)
 
-What 128 x 256 gains by reading X half as often it may lose there again, so tuning decides. One row, in programs of 16
-outputs, 4 blocks an SM: 768, 3072, 256 and 688 programs are 2.3, 9.4, 0.8 and 2.1 waves; with fewer than two programs
+What 128 x 256 gains by reading X half as often it may lose there again, so tuning decides. One row, in programs of 8
+outputs, 8 blocks an SM: 1536, 6144, 512 and 1376 programs are 2.3, 9.4, 0.8 and 2.1 waves; with fewer than eight warps
 an SM, K is split.
 """
 
@@ -105,13 +105,20 @@ FEW_ROW_TILES = {
 FLOAT32_TILE = MatmulTile(64, 64, 64, 4, 3)
 """For float32 X, whose outliers are multiplied in float32, which takes more registers."""
 
-GEMV_TILES = {1: GemvTile(1, 16, 512, 4, 1), 16: GemvTile(16, 64, 128, 4, 4)}
-"""By rows: 8 KB of W a step in 128-bit loads, 64 bytes a thread, which the loop of 4 warps keeps in flight."""
+GEMV_TILES = {1: GemvTile(1, 8, 512, 2, 1), 16: GemvTile(16, 64, 128, 4, 4)}
+"""By rows: 64 bytes of W a thread and step, in 128-bit loads.
+
+One row: a thread has 16 features of four outputs, so X is loaded and converted once for four weights. The 16 warps of
+an SM, at 128 registers, have 32 KB on their way. An RTX 3090 brings 6.7 bytes a cycle and SM: these last for more than
+4,000 cycles, several times the wait for memory, so a step is not loaded ahead, which would take 16 more registers."""
 
 FLOAT32_GEMV_TILE = GemvTile(16, 16, 64, 4, 1)
 """For a few rows of float32 X, which no tensor core multiplies exactly."""
 
 MOST_SPLITS = 8
+
+WARPS_WANTED = 8
+"""On each SM before K is not split: with 64 bytes a thread they have 16 KB on their way."""
 
 
 def architecture_of(major: int, minor: int) -> Architecture:
@@ -126,14 +133,21 @@ def architecture_of(major: int, minor: int) -> Architecture:
     return known[-1]
 
 
-def matmul_tiles(architecture: Architecture, rows: int, is_float32: bool = False) -> tuple[MatmulTile, ...]:
-    """The tiles to choose from for so many rows."""
+def matmul_tiles(
+    architecture: Architecture, rows: int, is_float32: bool = False, features: int = 0
+) -> tuple[MatmulTile, ...]:
+    """The tiles to choose from for so many rows of so many features.
+
+    A tile whose depth these are no multiple of loads with masks, which takes registers that the largest tile does not
+    have. There is nothing to choose then but the tiles that fit, or the first.
+    """
     if is_float32:
         return (FLOAT32_TILE,)
     for most, tile in FEW_ROW_TILES.items():
         if rows <= most:
             return (tile,)
-    return MATMUL_TILES["163 KB" if architecture.shared_bytes >= 163 * 1024 else "99 KB"]
+    tiles = MATMUL_TILES["163 KB" if architecture.shared_bytes >= 163 * 1024 else "99 KB"]
+    return tuple(tile for tile in tiles if features % tile.depth == 0) or tiles[:1]
 
 
 def gemv_tile(rows: int, is_float32: bool = False) -> GemvTile:
@@ -141,13 +155,13 @@ def gemv_tile(rows: int, is_float32: bool = False) -> GemvTile:
     return GEMV_TILES[1] if rows == 1 else FLOAT32_GEMV_TILE if is_float32 else GEMV_TILES[16]
 
 
-def split_of(programs: int, processors: int, steps: int) -> int:
-    """Over how many programs to split K, so that so many `processors` (SMs) have two programs each.
+def split_of(programs: int, warps: int, processors: int, steps: int) -> int:
+    """Over how many programs to split K, so that so many `processors` (SMs) have eight warps each.
 
-    `steps` is how many steps K takes; each program keeps at least two.
+    `warps` is how many a program has, `steps` how many steps K takes; each program keeps at least two.
     """
     split = 1
-    while split < MOST_SPLITS and programs * split < 2 * processors and steps >= 4 * split:
+    while split < MOST_SPLITS and programs * split * warps < WARPS_WANTED * processors and steps >= 4 * split:
         split *= 2
     return split
 

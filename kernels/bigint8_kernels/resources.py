@@ -86,6 +86,7 @@ KERNELS: dict[str, Any] = {
     "mark_outliers": triton_activations.mark_outliers_kernel,
     "quantize_activations": triton_activations.quantize_activations_kernel,
     "int8_matmul": triton_matmul.int8_matmul_kernel,
+    "gather_columns": triton_matmul.gather_columns_kernel,
     "finish_matmul": triton_matmul.finish_matmul_kernel,
     "int8_gemv": triton_gemv.int8_gemv_kernel,
     "add_parts": triton_gemv.add_parts_kernel,
@@ -94,8 +95,8 @@ KERNELS: dict[str, Any] = {
 INT8, INT32, FLOAT32 = "*i8", "*i32", "*fp32"
 POINTERS = {
     "source": "*{dtype}", "x": "*{dtype}", "y": "*{dtype}", "bias": "*{dtype}", "out": INT8, "q": INT8, "w": INT8,
-    "marks": INT8, "scale": FLOAT32, "x_scale": FLOAT32, "w_scale": FLOAT32, "parts": FLOAT32, "bad": INT32,
-    "outliers": INT32, "count": INT32, "sums": INT32,
+    "marks": INT8, "w_outliers": INT8, "scale": FLOAT32, "x_scale": FLOAT32, "w_scale": FLOAT32, "parts": FLOAT32,
+    "bad": INT32, "outliers": INT32, "count": INT32, "sums": INT32,
 }  # fmt: skip
 
 
@@ -123,15 +124,19 @@ def variants(capability: int) -> Iterator[Variant]:
 
 
 def _matmul_variants(capability: int, dtype: str, tile: MatmulTile) -> Iterator[Variant]:
-    tuned = tile in (*MATMUL_TILES["99 KB"], *MATMUL_TILES["163 KB"])
     weights = tile.outputs * tile.depth // tile.warps
-    for split, whole in product((False,) if tuned else (False, True), (True, False)):
+    is_split = not any(tile in tiles for tiles in MATMUL_TILES.values())
+    is_masked = not any(tile in tiles[1:] for tiles in MATMUL_TILES.values())
+    for split, whole in product((False, True)[: 1 + is_split], (True, False)[: 1 + is_masked]):
         chosen = (
             ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth), ("BLOCK_C", tile.outliers),
             ("GROUP", tile.group), ("SPLIT", split), ("WHOLE", whole),
         )  # fmt: skip
         label = f"{tile.rows} x {tile.outputs} x {tile.depth}{_label_of_k(split, whole)}"
         yield Variant("int8_matmul", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
+    gather = (("BLOCK_N", triton_matmul.GATHER_OUTPUTS), ("BLOCK_C", triton_matmul.GATHER_COLUMNS))
+    label = f"{triton_matmul.GATHER_OUTPUTS} x {triton_matmul.GATHER_COLUMNS}"
+    yield Variant("gather_columns", capability, "int8", gather, 4, 3, label)
     finish = triton_matmul.FINISH
     last = (("BLOCK_T", finish.rows), ("BLOCK_N", finish.outputs), ("BLOCK_C", finish.outliers))
     yield Variant("finish_matmul", capability, dtype, last, finish.warps, 1, f"{finish.rows} x {finish.outputs}")
@@ -139,13 +144,9 @@ def _matmul_variants(capability: int, dtype: str, tile: MatmulTile) -> Iterator[
 
 def _gemv_variants(capability: int, dtype: str, tile: GemvTile) -> Iterator[Variant]:
     weights = tile.outputs * tile.depth // tile.warps
-    for split, whole in product((False, True), (True, False)):
-        chosen = (
-            ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth),
-            ("SPLIT", split), ("WHOLE", whole),
-        )  # fmt: skip
-        label = f"{tile.rows} x {tile.outputs} x {tile.depth}{_label_of_k(split, whole)}"
-        yield Variant("int8_gemv", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
+    chosen = (("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth))
+    label = f"{tile.rows} x {tile.outputs} x {tile.depth}"
+    yield Variant("int8_gemv", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
 
 
 def _label_of_k(split: bool, whole: bool) -> str:

@@ -45,10 +45,13 @@ def quantize_activations_kernel(
     x, marks, out, scale, outliers, count, rows, columns, stride,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
-    """`out` int8 (T, K) and `scale` float32 (T,) of `x`; the last program lists the marked columns: `outliers` int32
-    (K,), of which the first `count` int32 (1,) are set. WIDE: rows may have more than BLOCK values."""
+    """`out` int8 (T, K) and `scale` float32 (T,) of `x`; the first program lists the marked columns: `outliers` int32
+    (K,), of which the first `count` int32 (1,) are set. WIDE: rows may have more than BLOCK values.
+
+    That program takes longest, so it is the first: the others run beside it.
+    """
     program = tl.program_id(0)
-    if program == rows:
+    if program == 0:
         found = 0
         for start in range(0, columns, LIST):
             k = start + tl.arange(0, LIST)
@@ -58,7 +61,7 @@ def quantize_activations_kernel(
             found += tl.sum(marked)
         tl.store(count, found)
     else:
-        row = program.to(tl.int64)
+        row = program.to(tl.int64) - 1
         x += row * stride
         out += row * columns
         dtype: tl.constexpr = x.dtype.element_ty

@@ -18,54 +18,64 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu_tiles import MOST_SPLITS, GemvTile
-from .triton_numbers import FUSED, int8_to
+from .triton_numbers import FUSED, int8_to, part_of_k, to_float32
+
+
+@triton.jit
+def _one_row_products(w_at, x_at, products, inside):
+    """`products` (N, K) and those of a step of W with a single row of X, of which `x_at` (N, K) are N copies: each
+    thread loads the values that it multiplies, and no thread waits for another."""
+    if inside is None:
+        w_NK, x_NK = tl.load(w_at), tl.load(x_at)
+    else:
+        w_NK, x_NK = tl.load(w_at, mask=inside, other=0), tl.load(x_at, mask=inside, other=0.0)
+    return tl.fma(int8_to(w_NK, tl.float32), to_float32(x_NK), products)
+
+
+@triton.jit
+def _row_sums(w_at, x_at, sums, inside):
+    """`sums` (N, T) and those of a step of W with several rows of X (K, T)."""
+    if inside is None:
+        w_NK, x_KT = tl.load(w_at), tl.load(x_at)
+    else:
+        w_NK, x_KT = tl.load(w_at, mask=inside[None, :], other=0), tl.load(x_at, mask=inside[:, None], other=0.0)
+    return tl.dot(int8_to(w_NK, x_KT.dtype), x_KT, sums, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["rows", "has_bias", "split"])
 def int8_gemv_kernel(
     x, w, w_scale, bias, y, parts, rows, outputs, features, x_stride, has_bias, split,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of Y, or with SPLIT its share of the sums, to `parts` float32 (split, T, N).
+    """A tile of Y, or where `split` > 1 its share of the sums, to `parts` float32 (split, T, N).
 
-    `x` (T, K), `w` int8 (N, K). BLOCK_T is 1 for a single row. WHOLE: K is a multiple of BLOCK_K * split.
+    `x` (T, K), `w` int8 (N, K). BLOCK_T is 1 for a single row. What is left of K when it is no multiple of BLOCK_K is a
+    step of its own.
     """
-    step = BLOCK_K * split if SPLIT else BLOCK_K
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = tl.arange(0, BLOCK_K)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     w_at = w + (n % outputs).to(tl.int64)[:, None] * features + k[None, :]
+    first, end, has_rest = part_of_k(features, split, BLOCK_K)
     if BLOCK_T == 1:
-        x_at = x + tl.program_id(2).to(tl.int64) * x_stride + k
+        x_at = tl.broadcast_to((x + tl.program_id(2).to(tl.int64) * x_stride + k)[None, :], w_at.shape)
         products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(0, features, step):
-            if WHOLE:
-                w_NK, x_K = tl.load(w_at), tl.load(x_at)
-            else:
-                inside = start + k < features
-                w_NK = tl.load(w_at, mask=inside[None, :], other=0)
-                x_K = tl.load(x_at, mask=inside, other=0.0)
-            x_NK = tl.broadcast_to(x_K.to(tl.float32)[None, :], w_NK.shape)
-            products = tl.fma(int8_to(w_NK, tl.float32), x_NK, products)
-            w_at += step
-            x_at += step
+        for start in tl.range(first, end, BLOCK_K):
+            products = _one_row_products(w_at + start, x_at + start, products, None)
+        if has_rest:
+            inside = tl.broadcast_to((end + k < features)[None, :], w_at.shape)
+            products = _one_row_products(w_at + end, x_at + end, products, inside)
         sums = tl.sum(products, axis=1)[:, None]
     else:
         x_at = x + (t % rows).to(tl.int64)[None, :] * x_stride + k[:, None]
         sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        for start in range(0, features, step):
-            if WHOLE:
-                w_NK, x_KT = tl.load(w_at), tl.load(x_at)
-            else:
-                inside = start + k < features
-                w_NK = tl.load(w_at, mask=inside[None, :], other=0)
-                x_KT = tl.load(x_at, mask=inside[:, None], other=0.0)
-            sums = tl.dot(int8_to(w_NK, x_KT.dtype), x_KT, sums, input_precision="ieee")
-            w_at += step
-            x_at += step
+        for start in tl.range(first, end, BLOCK_K):
+            sums = _row_sums(w_at + start, x_at + start, sums, None)
+        if has_rest:
+            sums = _row_sums(w_at + end, x_at + end, sums, end + k < features)
     place = t.to(tl.int64)[None, :] * outputs + n[:, None]
     inside_NT = (n < outputs)[:, None] & (t < rows)[None, :]
-    if SPLIT:
+    if split > 1:
         tl.store(parts + tl.program_id(1).to(tl.int64) * rows * outputs + place, sums, mask=inside_NT)
     else:
         sums *= tl.load(w_scale + n % outputs)[:, None]
@@ -99,13 +109,13 @@ def int8_gemv(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor |
     outputs = weight_NK.shape[0]
     y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device)
     split = tile.split
-    parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x_TK.device) if split > 1 else y_TN
+    parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x_TK.device) if split > 1 else scale_N
     bias, has_bias = y_TN if bias_N is None else bias_N, int(bias_N is not None)
     grid = triton.cdiv(outputs, tile.outputs), split, triton.cdiv(rows, tile.rows)
     int8_gemv_kernel[grid](
         x_TK, weight_NK, scale_N, bias, y_TN, parts, rows, outputs, features, x_TK.stride(0), has_bias, split,
-        BLOCK_T=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.depth, SPLIT=split > 1,
-        WHOLE=features % (tile.depth * split) == 0, num_warps=tile.warps, num_stages=tile.stages, **FUSED,
+        BLOCK_T=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if split > 1:
         add_parts_kernel[(triton.cdiv(outputs, ADD_BLOCK), rows)](

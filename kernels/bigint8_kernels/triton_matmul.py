@@ -2,10 +2,11 @@
 
     Y[t, n] = (scale_x[t] * sum_k Xq[t, k] W[n, k]  +  sum_{c outlier} X[t, c] W[n, c]) * scale_w[n] + bias[n]
 
-Xq is zero in the outlier columns, so the first sum runs over all of K without a gap. The second gathers the columns
-that `quantize_activations` listed, as many as its count says, which the kernel reads itself: nothing waits for the
-host. An int8 number is exact in float16, bfloat16 and float32, so the columns of W are dequantized by a conversion in
-registers, and the scale of W is multiplied into both sums at once.
+Xq is zero in the outlier columns, so the first sum runs over all of K without a gap. The second takes the columns that
+`quantize_activations` listed, as many as its count says, which the kernel reads itself: nothing waits for the host.
+Where several tiles of rows need these columns of W, a kernel of its own gathers them first, once: in W they are single
+bytes, each of which brings 32 from memory. An int8 number is exact in float16, bfloat16 and float32, so the columns of
+W are dequantized by a conversion in registers, and the scale of W is multiplied into both sums at once.
 
 Where few programs would run, K is split over several: they add int32 sums, which give the same result in any order,
 into a workspace, and a second kernel does the rest.
@@ -38,18 +39,54 @@ def _tile_of(program, rows, outputs, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexp
     return first + within % height, within // height
 
 
+GATHERED = 256
+"""Columns of W that are gathered at most: how many there are is known on the GPU only, so there is room for so many,
+and the rest are read from W itself. LLM.int8() finds a few dozen."""
+
+GATHER_OUTPUTS, GATHER_COLUMNS = 32, 32
+"""The tile of W's columns that a program gathers at a time."""
+
+_GATHERED = tl.constexpr(GATHERED)
+
+
+@triton.jit
+def gather_columns_kernel(
+    w, outliers, count, w_outliers, outputs, features, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """`w_outliers` int8 (N, GATHERED) of `w` int8 (N, K): the listed ones, in that order, as far as there is room."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    found = tl.minimum(tl.load(count), _GATHERED)
+    for start in range(0, found, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        column = tl.load(outliers + c, mask=c < found, other=0)
+        inside = (n < outputs)[:, None] & (c < found)[None, :]
+        bytes_NC = tl.load(w + n.to(tl.int64)[:, None] * features + column[None, :], mask=inside, other=0)
+        tl.store(w_outliers + n.to(tl.int64)[:, None] * _GATHERED + c[None, :], bytes_NC, mask=inside)
+
+
 @triton.jit
 def _finish(
-    acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
-    has_bias, BLOCK_C: tl.constexpr,
+    acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
+    has_bias, is_gathered, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The outlier part, both scales and the bias, and the store of a tile of Y."""
+    """The outlier part, both scales and the bias, and the store of a tile of Y.
+
+    If `is_gathered`, `w_outliers` int8 (N, GATHERED) has the columns of `w`; what is beyond it, or all, `w` itself has.
+    """
     t_safe, n_safe = t % rows, n % outputs  # rows beyond the end read others', and are not stored
     total = acc.to(tl.float32) * tl.load(x_scale + t_safe)[:, None]
     found = tl.load(count)
     x_rows = x + t_safe.to(tl.int64)[:, None] * x_stride
     w_rows = w + n_safe.to(tl.int64)[:, None] * features
-    for start in range(0, found, BLOCK_C):
+    gathered = tl.minimum(found, is_gathered * _GATHERED)
+    column_rows = w_outliers + n_safe.to(tl.int64)[:, None] * _GATHERED
+    for start in range(0, gathered, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        column = tl.load(outliers + c, mask=c < found, other=0)
+        x_TC = tl.load(x_rows + column[None, :], mask=(c < gathered)[None, :], other=0.0)
+        w_NC = int8_to(tl.load(column_rows + c[None, :]), x_TC.dtype)
+        total = tl.dot(x_TC, tl.trans(w_NC), total, input_precision="ieee")
+    for start in range(gathered, found, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         column = tl.load(outliers + c, mask=c < found, other=0)
         x_TC = tl.load(x_rows + column[None, :], mask=(c < found)[None, :], other=0.0)
@@ -61,10 +98,10 @@ def _finish(
     tl.store(y + t.to(tl.int64)[:, None] * outputs + n[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "bucket", "has_bias", "split"])
+@triton.jit(do_not_specialize=["rows", "bucket", "has_bias", "is_gathered", "split"])
 def int8_matmul_kernel(
-    q, x, x_scale, w, w_scale, bias, outliers, count, y, sums,
-    rows, outputs, features, x_stride, bucket, has_bias, split,
+    q, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, sums,
+    rows, outputs, features, x_stride, bucket, has_bias, is_gathered, split,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -95,14 +132,15 @@ def int8_matmul_kernel(
         tl.atomic_add(sums + place, acc, mask=inside, sem="relaxed")
     else:
         _finish(
-            acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
-            has_bias, BLOCK_C,
+            acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
+            has_bias, is_gathered, BLOCK_C,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "has_bias"])
+@triton.jit(do_not_specialize=["rows", "has_bias", "is_gathered"])
 def finish_matmul_kernel(
-    x, x_scale, w, w_scale, bias, outliers, count, y, sums, rows, outputs, features, x_stride, has_bias,
+    x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, sums,
+    rows, outputs, features, x_stride, has_bias, is_gathered,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of Y from `sums` int32 (T, N), where K was split."""
@@ -111,17 +149,20 @@ def finish_matmul_kernel(
     inside = (t < rows)[:, None] & (n < outputs)[None, :]
     acc = tl.load(sums + t.to(tl.int64)[:, None] * outputs + n[None, :], mask=inside, other=0)
     _finish(
-        acc, x, x_scale, w, w_scale, bias, outliers, count, y, t, n, rows, outputs, features, x_stride,
-        has_bias, BLOCK_C,
+        acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
+        has_bias, is_gathered, BLOCK_C,
     )  # fmt: skip
 
 
 @functools.cache
 def _tuned(tiles: tuple[MatmulTile, ...]):
-    """The kernel with the fastest of these tiles, tried once for each shape and kept on disk with Triton's cache."""
-    whole = triton.heuristics({"WHOLE": lambda given: given["features"] % given["BLOCK_K"] == 0})(int8_matmul_kernel)
-    configs = [triton.Config(_constants(tile), num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
-    return triton.autotune(configs, key=["bucket", "outputs", "features"], cache_results=True)(whole)
+    """The kernel with the fastest of these tiles, of whose depths K is a multiple. They are tried once for each shape,
+    and what was found is kept on disk with Triton's cache."""
+    configs = [
+        triton.Config(_constants(tile) | {"WHOLE": True}, num_warps=tile.warps, num_stages=tile.stages)
+        for tile in tiles
+    ]
+    return triton.autotune(configs, key=["bucket", "outputs", "features"], cache_results=True)(int8_matmul_kernel)
 
 
 def _constants(tile: MatmulTile) -> dict[str, int]:
@@ -129,6 +170,10 @@ def _constants(tile: MatmulTile) -> dict[str, int]:
         "BLOCK_T": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": tile.depth, "BLOCK_C": tile.outliers,
         "GROUP": tile.group, "SPLIT": tile.split > 1,
     }  # fmt: skip
+
+
+_untuned: set[tuple[torch.device, torch.dtype, int, int, int]] = set()
+"""What could not be tuned for want of memory, by device, dtype, bucket of rows, outputs and features."""
 
 
 def int8_matmul(
@@ -144,35 +189,50 @@ def int8_matmul(
 ) -> Tensor:
     """Y (T, N) in X's dtype, of what `triton_activations.quantize_activations` gave for X (T, K), rows maybe apart.
 
-    One tile is used as it is; of several, which do not split K, the fastest on this GPU.
+    One tile is used as it is; of several, which do not split K and need no masks, the fastest on this GPU.
     """
     rows, features = q_TK.shape
     outputs = weight_NK.shape[0]
     y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device)
-    split = tiles[0].split
-    sums = torch.zeros(rows, outputs, dtype=torch.int32, device=x_TK.device) if split > 1 else y_TN
+    split, bucket = tiles[0].split, row_bucket(rows)
+    sums = torch.zeros(rows, outputs, dtype=torch.int32, device=x_TK.device) if split > 1 else count
+    w_outliers, is_gathered = weight_NK, int(rows > (FINISH.rows if split > 1 else tiles[0].rows))
+    if is_gathered:
+        w_outliers = _gather_columns(weight_NK, outliers_C, count)
     bias, has_bias = y_TN if bias_N is None else bias_N, int(bias_N is not None)
     sizes = rows, outputs, features, x_TK.stride(0)
-    pointers = q_TK, x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums
+    pointers = q_TK, x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, w_outliers, y_TN, sums
 
     def grid(chosen: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(rows, chosen["BLOCK_T"]) * triton.cdiv(outputs, chosen["BLOCK_N"]), split
 
-    if len(tiles) > 1:
+    shape = x_TK.device, x_TK.dtype, bucket, outputs, features
+    if len(tiles) > 1 and shape not in _untuned:
         try:
-            _tuned(tiles)[grid](*pointers, *sizes, row_bucket(rows), has_bias, split, **FUSED)
+            _tuned(tiles)[grid](*pointers, *sizes, bucket, has_bias, is_gathered, split, **FUSED)
             return y_TN
         except torch.OutOfMemoryError:  # to time tiles, Triton takes 256 MiB, which a full GPU may not have
-            tiles = tiles[:1]
-    (tile,) = tiles
+            _untuned.add(shape)
+    tile = tiles[0]
     int8_matmul_kernel[grid](
-        *pointers, *sizes, row_bucket(rows), has_bias, split, **_constants(tile),
+        *pointers, *sizes, bucket, has_bias, is_gathered, split, **_constants(tile),
         WHOLE=features % (tile.depth * split) == 0, num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if split > 1:
         finish_matmul_kernel[triton.cdiv(outputs, FINISH.outputs), triton.cdiv(rows, FINISH.rows)](
-            x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, y_TN, sums, *sizes, has_bias,
-            BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers,
+            x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, w_outliers, y_TN, sums, *sizes, has_bias,
+            is_gathered, BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers,
             num_warps=FINISH.warps, num_stages=FINISH.stages, **FUSED,
         )  # fmt: skip
     return y_TN
+
+
+def _gather_columns(weight_NK: Tensor, outliers_C: Tensor, count: Tensor) -> Tensor:
+    """int8 (N, GATHERED), of which as many columns are set as are listed, at most all."""
+    outputs, features = weight_NK.shape
+    w_outliers = torch.empty(outputs, GATHERED, dtype=torch.int8, device=weight_NK.device)
+    gather_columns_kernel[(triton.cdiv(outputs, GATHER_OUTPUTS),)](
+        weight_NK, outliers_C, count, w_outliers, outputs, features,
+        BLOCK_N=GATHER_OUTPUTS, BLOCK_C=GATHER_COLUMNS, num_warps=4, **FUSED,
+    )  # fmt: skip
+    return w_outliers

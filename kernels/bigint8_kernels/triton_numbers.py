@@ -61,16 +61,94 @@ def row_scale(absmax):
     return scale, tl.where(tiny, 0.0, 127.0 * tl.div_rn(1.0, divisor))
 
 
+INT8_TO = {
+    "fp32": """{
+    .reg .b32 bytes;
+    xor.b32 bytes, $4, 0x80808080;
+    prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+    prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+    prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+    prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+    sub.f32 $0, $0, 0f4B000080;
+    sub.f32 $1, $1, 0f4B000080;
+    sub.f32 $2, $2, 0f4B000080;
+    sub.f32 $3, $3, 0f4B000080;
+    }""",
+    "fp16": """{
+    .reg .b32 bytes, offset;
+    xor.b32 bytes, $2, 0x80808080;
+    mov.b32 offset, 0x64806480;
+    prmt.b32 $0, bytes, 0x64646464, 0x4140;
+    prmt.b32 $1, bytes, 0x64646464, 0x4342;
+    sub.f16x2 $0, $0, offset;
+    sub.f16x2 $1, $1, offset;
+    }""",
+    "bf16": """{
+    .reg .b32 bytes, pair, low, sign, one;
+    mov.b32 bytes, $2;
+    mov.b32 one, 0x3F803F80;
+    prmt.b32 pair, bytes, 0, 0x4140;
+    lop3.b32 low, pair, 0x007F007F, 0x43004300, 0xEA;
+    lop3.b32 sign, pair, 0x00800080, 0xC300C300, 0xEA;
+    fma.rn.bf16x2 $0, low, one, sign;
+    prmt.b32 pair, bytes, 0, 0x4342;
+    lop3.b32 low, pair, 0x007F007F, 0x43004300, 0xEA;
+    lop3.b32 sign, pair, 0x00800080, 0xC300C300, 0xEA;
+    fma.rn.bf16x2 $1, low, one, sign;
+    }""",
+}
+"""PTX for a GPU: four int8 numbers in one register become four of a float format, in four registers or two.
+
+A GPU turns integers into floats at an eighth of its speed or less, so the bytes are written into floats instead. With
+w + 128 in the last bits of 2**23 (float32) or 1024 (float16), that is what a subtraction has to take away again.
+bfloat16 has seven bits behind its first: 128 + (w & 127) is exact, and so is the 128 or, for a negative w, 256 taken
+from it. 0xEA is the table of (a & b) | c.
+"""
+
+BFLOAT16_TO_FLOAT32 = """{
+    .reg .b32 pair;
+    mov.b32 pair, $2;
+    shl.b32 $0, pair, 16;
+    and.b32 $1, pair, 0xFFFF0000;
+    }"""
+"""PTX: two bfloat16 numbers in one register become two float32, which begin with the same bits."""
+
+_FOUR_INT8_TO_FLOAT32 = tl.constexpr(INT8_TO["fp32"])
+_FOUR_INT8_TO_FLOAT16 = tl.constexpr(INT8_TO["fp16"])
+_FOUR_INT8_TO_BFLOAT16 = tl.constexpr(INT8_TO["bf16"])
+_BFLOAT16_TO_FLOAT32 = tl.constexpr(BFLOAT16_TO_FLOAT32)
+_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+"""Whether there is a GPU to run PTX on. The interpreter has none: it runs the plain line that says the same."""
+
+
 @triton.jit
 def int8_to(w, dtype: tl.constexpr):
-    """int8 numbers in a float format, which holds them exactly.
-
-    A GPU turns integers into floats at an eighth of its speed or less. Written into the last bits of 1024 (float16)
-    or 2**23 (float32), a byte is that much more, and a subtraction is left.
-    """
-    byte = w.to(tl.uint8, bitcast=True) ^ 0x80  # w + 128
-    if dtype == tl.float16:
-        number = (byte.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    """int8 numbers in a float format, which holds them exactly."""
+    if not _PTX:
+        number = w.to(tl.float32).to(dtype)
+    elif dtype == tl.float32:
+        number = tl.inline_asm_elementwise(_FOUR_INT8_TO_FLOAT32, "=r,=r,=r,=r,r", [w], tl.float32, True, 4)
+    elif dtype == tl.float16:
+        number = tl.inline_asm_elementwise(_FOUR_INT8_TO_FLOAT16, "=r,=r,r", [w], tl.float16, True, 4)
     else:
-        number = ((byte.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(dtype)
+        number = tl.inline_asm_elementwise(_FOUR_INT8_TO_BFLOAT16, "=r,=r,r", [w], tl.bfloat16, True, 4)
     return number
+
+
+@triton.jit
+def to_float32(x):
+    """float16, bfloat16 or float32 numbers in float32."""
+    if _PTX and x.dtype == tl.bfloat16:
+        number = tl.inline_asm_elementwise(_BFLOAT16_TO_FLOAT32, "=r,=r,r", [x], tl.float32, True, 2)
+    else:
+        number = x.to(tl.float32)
+    return number
+
+
+@triton.jit
+def part_of_k(features, split, BLOCK_K: tl.constexpr):
+    """Where this program's whole steps of K begin and end, of `split` programs along axis 1, and whether the rest of K,
+    which is less than a step, comes after them: to the last program it does, if there is one."""
+    steps, part = features // BLOCK_K, tl.program_id(1)
+    first, end = steps * part // split * BLOCK_K, steps * (part + 1) // split * BLOCK_K
+    return first, end, (end < features) & (part == split - 1)
