@@ -47,15 +47,18 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
 
 
+CUT = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+"""The tensors that are cut with the prompt. A model that is given others gets them whole."""
+
+
 def _can_be_cut(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a prompt may run chunk by chunk: with a cache, and when nothing but logits is wanted."""
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     return (
         len(args) <= 1
         and kwargs.get("past_key_values") is not None
-        and kwargs.get("inputs_embeds") is None
+        and not any(isinstance(value, Tensor) for name, value in kwargs.items() if name not in CUT)
         and not any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
-        and kwargs.get("labels") is None
         and "logits_to_keep" in kwargs
         and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
         and (positions is None or positions.ndim == 2)
@@ -65,8 +68,11 @@ def _can_be_cut(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _in_chunks(forward: Any, ids: Tensor, past: int, most: int, kwargs: dict[str, Any]) -> Any:
     """What `forward` returns for the last chunk, with the wanted logits of all."""
     given = {name: value for name, value in kwargs.items() if name != "input_ids"}
-    mask, positions, logits = given.get("attention_mask"), given.get("position_ids"), []
-    for chunk in prompt_chunks(ids.shape[1], most, given["logits_to_keep"]):
+    mask, positions, keep = given.get("attention_mask"), given.get("position_ids"), given["logits_to_keep"]
+    order, logits = None, []
+    if isinstance(keep, Tensor):  # the indices as Python has them: from the end too, in any order
+        keep, order = torch.where(keep < 0, keep + ids.shape[1], keep).sort()
+    for chunk in prompt_chunks(ids.shape[1], most, keep):
         if mask is not None:
             given["attention_mask"] = mask[:, : past + chunk.stop]
         if positions is not None:
@@ -76,4 +82,6 @@ def _in_chunks(forward: Any, ids: Tensor, past: int, most: int, kwargs: dict[str
         if len(chunk.keep):
             logits.append(output.logits)
     output.logits = torch.cat(logits, dim=1)
+    if order is not None:
+        output.logits = output.logits[:, order.argsort().to(output.logits.device)]
     return output

@@ -43,9 +43,9 @@ def find_gpus() -> list[Gpu]:
 
 
 def _cuda_counts_as_nvml() -> bool:
-    """Whether CUDA numbers the GPUs by their place on the bus, as NVML does. It is told to, unless it is told otherwise.
+    """Whether CUDA numbers the GPUs by their place on the bus, as NVML does. Unless told otherwise, it is told to.
 
-    By default it begins with the fastest. It reads the setting when it starts, which `torch.cuda.is_available()` does.
+    By default it begins with the fastest. It reads the setting when it starts; `torch.cuda.is_available()` starts it.
     """
     if "CUDA_DEVICE_ORDER" not in os.environ:
         if _cuda_has_started():

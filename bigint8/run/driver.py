@@ -200,9 +200,12 @@ class PipelineModel(PreTrainedModel, GenerationMixin):
         tokens = inputs.shape[1]
         if tokens <= self.plan.workload.chunk:
             return self.workers.step(inputs, None if cache is None else cache.key(), mask, positions, keep)
-        cache = cache or PipelineCache(self.workers)  # the next chunk needs what this one leaves
+        if cache is None:  # an empty one is false
+            cache = PipelineCache(self.workers)  # the next chunk needs what this one leaves
         past = (mask.shape[1] if mask is not None else tokens) - tokens
-        logits = []
+        order, logits = None, []
+        if isinstance(keep, Tensor):  # the indices as Python has them: from the end too, in any order
+            keep, order = torch.where(keep < 0, keep + tokens, keep).sort()
         for chunk in prompt_chunks(tokens, self.plan.workload.chunk, keep):
             part = slice(chunk.start, chunk.stop)
             some = self.workers.step(
@@ -214,4 +217,5 @@ class PipelineModel(PreTrainedModel, GenerationMixin):
             )
             if len(chunk.keep):
                 logits.append(some)
-        return torch.cat(logits, dim=1)
+        found = torch.cat(logits, dim=1)
+        return found if order is None else found[:, order.argsort()]

@@ -1,0 +1,222 @@
+"""Long prompts run in chunks, in one process and over stages: logits and tokens are those of the whole prompt."""
+
+import dataclasses
+import itertools
+import types
+
+import pytest
+import torch
+from tiny import SIZES, save_tiny
+from transformers import DynamicCache
+
+from bigint8 import Int8Config, WorkerError, load_sharded_int8
+from bigint8.checkpoint.headers import open_checkpoint
+from bigint8.errors import WorkerDied
+from bigint8.model.config import read_hf_config
+from bigint8.plan.cut import make_plan
+from bigint8.plan.devices import cpu_device
+from bigint8.run import driver
+from bigint8.run.driver import PipelineCache, PipelineModel
+from bigint8.run.running import RunningStage
+from bigint8.run.wire import pack, unpack
+
+IDS = torch.tensor([[5, 17, 99, 3, 42, 7, 8, 61, 23, 24, 90, 33, 2]])
+PADDED = torch.tensor([[0] * 6 + [5, 17, 99, 3, 42], list(range(60, 71)), [0, 0, 0, *range(20, 28)]])
+MASK = (PADDED != 0).long()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Each tiny model, loaded once in float32: with 16-bit activations a prompt's chunks give its very values."""
+    made = {}
+
+    def model(kind):
+        if kind not in made:
+            folder = save_tiny(kind, True, tmp_path_factory.mktemp(kind), shard="10GB")
+            made[kind] = load_sharded_int8(
+                folder, "cpu", config=Int8Config(activations="16bit"), dtype="float32", context=64, batch_size=6,
+                progress=False,
+            )  # fmt: skip
+        return made[kind]
+
+    return model
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(driver, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture(params=sorted(SIZES))
+def model(models, request):
+    return models(request.param)
+
+
+def in_chunks(model, chunk):
+    """The same model, whose prompts run in chunks of so many tokens."""
+    twin = object.__new__(type(model))
+    twin.__dict__ = dict(model.__dict__)
+    twin.plan = dataclasses.replace(model.plan, workload=dataclasses.replace(model.plan.workload, chunk=chunk))
+    return twin
+
+
+def chunks_seen(model):
+    """How many tokens the first block is given at a time."""
+    seen = []
+    block = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[0]
+    hook = block.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    return seen, hook
+
+
+def logits(model, ids, keep, cache=None, **kwargs):
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        return model(ids, past_key_values=cache, logits_to_keep=keep, **kwargs)
+
+
+KEEPS = [0, 1, 3, torch.tensor([12]), torch.tensor([0, 4, 5, 12]), torch.tensor([2]), torch.tensor([-1, 3, -13])]
+
+
+@pytest.mark.parametrize("chunk", [4, 5, 12])
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(model, chunk):
+    whole, parts = model, in_chunks(model, chunk)
+    for keep in KEEPS:
+        expected, found = logits(whole, IDS, keep), logits(parts, IDS, keep)
+        assert found.logits.shape == expected.logits.shape
+        assert torch.allclose(found.logits, expected.logits, atol=1e-4), keep
+        assert found.past_key_values.get_seq_length() == IDS.shape[1]
+    more = torch.tensor([[77, 3, 9, 4, 1, 60]])  # goes on in chunks, too
+    expected = logits(whole, more, 0, logits(whole, IDS, 1).past_key_values)
+    found = logits(parts, more, 0, logits(parts, IDS, 1).past_key_values)
+    assert torch.allclose(found.logits, expected.logits, atol=1e-4)
+
+
+def generate(model, ids=PADDED, mask=MASK, **options):
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options
+    return model.generate(input_ids=ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_generate_gives_the_tokens_of_the_whole_prompt(model, options):
+    """Of a padded batch; with beams; where several tokens are tried at once."""
+    batch = (IDS, torch.ones_like(IDS)) if "prompt_lookup_num_tokens" in options else (PADDED, MASK)
+    assert torch.equal(generate(in_chunks(model, 4), *batch, **options), generate(model, *batch, **options))
+
+
+def test_the_chunks_are_as_long_as_the_plan_says(models):
+    model = models("llama")
+    seen, hook = chunks_seen(model)
+    try:
+        generate(in_chunks(model, 4), max_new_tokens=2)
+        assert seen == [4, 4, 3, 1]
+        seen.clear()
+        generate(in_chunks(model, 4), max_new_tokens=2, use_cache=False)
+        assert seen == [11, 12]  # nothing is kept of a chunk: the prompt runs whole
+    finally:
+        hook.remove()
+
+
+def test_without_a_cache_the_tokens_are_the_same(model):
+    assert torch.equal(generate(in_chunks(model, 4), use_cache=False), generate(model, use_cache=False))
+
+
+def test_a_prompt_with_more_to_it_than_tokens_runs_whole(models):
+    model = models("gpt2")
+    kinds = torch.randint(0, 9, IDS.shape, generator=torch.Generator().manual_seed(0))
+    expected = logits(model, IDS, 0, token_type_ids=kinds).logits
+    assert not torch.allclose(expected, logits(model, IDS, 0).logits, atol=1e-3)
+    assert torch.equal(logits(in_chunks(model, 4), IDS, 0, token_type_ids=kinds).logits, expected)
+
+
+# --- over stages ---
+
+
+class Stages:
+    """The workers of a pipeline, in this process: each has its stage, loaded, and its own keys and values.
+
+    fails: numbers of the steps in which the second stage is lost after the first has taken the tokens.
+    """
+
+    loads = 1
+
+    def __init__(self, plan, fails=()):
+        self.stages = [RunningStage(plan, i, "cpu", lambda done, total: None) for i in range(len(plan.stages))]
+        self.tied, self.fails = plan.spec.tied, set(fails)
+        self.ids, self.steps, self.tokens = itertools.count(), itertools.count(), []
+
+    def step(self, inputs, key, mask, positions, keep):
+        number = next(self.steps)
+        self.tokens.append(inputs.shape[1])
+        hidden, kept = pack(inputs), keep if isinstance(keep, int) else pack(keep)
+        last = self.stages[-1]
+        for stage in self.stages:
+            if number in self.fails and stage is self.stages[1]:
+                raise WorkerDied("the second stage is gone")
+            hidden = stage.step(hidden, key, pack(mask), pack(positions), kept if stage is last else None)
+        return unpack(self.stages[0].head(hidden) if self.tied else hidden, "cpu")
+
+    def new_cache_id(self):
+        return next(self.ids)
+
+    def drop(self, cache_id):
+        for stage in self.stages:
+            stage.drop(cache_id)
+
+    def restart_dead(self):
+        return []
+
+
+def staged(one, chunk, fails=()):
+    """The same model over two stages."""
+    checkpoint = open_checkpoint(one.plan.spec.folder)
+    workload = dataclasses.replace(one.plan.workload, chunk=chunk)
+    plan = make_plan(one.plan.spec, [cpu_device(share=2)] * 2, workload)
+    return PipelineModel(read_hf_config(checkpoint, plan.spec.access), Stages(plan, fails), plan)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_stages_give_the_tokens_of_one_process(model, options):
+    several = staged(model, 4)
+    assert torch.equal(generate(several, **options), generate(model, **options))
+    assert max(several.workers.tokens) == 4
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=str)
+def test_stages_give_the_logits_of_one_process(models, keep):
+    model = models("llama")
+    several = staged(model, 5)
+    with torch.no_grad():
+        found = several(IDS, use_cache=True, logits_to_keep=keep)
+        assert torch.allclose(found.logits, logits(model, IDS, keep).logits, atol=1e-4)
+        assert several.workers.tokens == [5, 5, 3] and found.past_key_values.get_seq_length() == 13
+
+
+@pytest.mark.parametrize("fails", [[0], [1], [2], [4], [1, 3, 5]], ids=str)
+def test_a_stage_that_is_lost_in_any_chunk_changes_nothing(models, fails):
+    """What the first stage took of the prompt is forgotten, and all of it runs anew."""
+    model = models("opt")
+    several = staged(model, 4, fails)
+    assert torch.equal(generate(several), generate(model))
+    assert len(several.workers.tokens) > 8
+
+
+def test_a_stage_that_is_always_lost_is_an_error_and_the_next_prompt_works(models):
+    model = models("llama")
+    several = staged(model, 4, range(1, 100, 2))
+    cache = PipelineCache(several.workers)
+    with torch.no_grad():
+        with pytest.raises(WorkerError, match="died 4 times"):
+            several(IDS, past_key_values=cache, logits_to_keep=1)
+        several.workers.fails.clear()
+        found = several(IDS, past_key_values=cache, logits_to_keep=1)
+    assert torch.allclose(found.logits, logits(model, IDS, 1).logits, atol=1e-4)
+
+
+def test_a_finished_batch_leaves_nothing_with_the_stages(models):
+    several = staged(models("llama"), 4, [1])
+    generate(several)
+    generate(several, use_cache=False)
+    assert [stage.kept() for stage in several.workers.stages] == [0, 0]
