@@ -82,7 +82,7 @@ def _checked(device: str, what: str, check: Callable[[], str | None]) -> Finding
 def _measured(device: str, what: str, measure: Callable[[], str]) -> Finding:
     try:
         return Finding(device, what, measure())
-    except Exception as error:  # a peer that fails is no fault of ours, and a figure is missing
+    except Exception as error:  # a peer may fail: then only its figure is missing
         return Finding(device, what, f"not measured: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
 
 

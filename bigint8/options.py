@@ -21,7 +21,7 @@ PREFILL_CHUNK = 512
 hundred rows on) and take more workspace."""
 
 SHARD_BYTES = 5 * 10**9
-"""The most that a shard holds, unless one tensor is larger: what transformers writes, too."""
+"""The most that a shard holds, unless one tensor is larger."""
 
 
 class Int8Config(BaseModel):
@@ -30,8 +30,8 @@ class Int8Config(BaseModel):
     threshold: columns of the activations with any |x| at or above it are multiplied in 16-bit; 0 turns that off
     skip_modules: modules left in 16-bit, by full name, name prefix or last component; None means the output head,
         unless `int8_head`
-    int8_head: the output head in int8 too, and with it the embeddings where the two are tied. None is False, unless
-        the model fits its devices only that way. A tied head is int8 only where this is True
+    int8_head: the output head in int8 too, and the embeddings if the two are tied. None: only if the model does not
+        fit, or barely, otherwise. Without it a tied head is never int8
     dtype: of everything that is not int8. "auto" is the checkpoint's, or a faster one where the device is slow at it
     activations: "int8" is LLM.int8(); "16bit" leaves them as they are; "auto" picks by the number of rows
 
@@ -108,8 +108,11 @@ DeviceKind = Literal["auto", "cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where workers run: the kind of device, whichever is there for "auto", and the address of a Ray cluster, None for
-    this machine."""
+    """Where workers run.
+
+    device: the kind of device; "auto" takes GPUs if there are any
+    address: of a Ray cluster; None is this machine
+    """
 
     device: DeviceKind = "auto"
     address: str | None = None

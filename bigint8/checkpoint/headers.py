@@ -79,7 +79,7 @@ class Checkpoint:
 
     @cached_property
     def stored_dtype(self) -> str:
-        """The float format that most of the bytes are stored in, as torch names it; of an int8 checkpoint, of the rest.
+        """The float format of most of the bytes, by torch's name. int8 weights and their scales do not count.
 
         Raises CheckpointError for a checkpoint without such tensors.
         """

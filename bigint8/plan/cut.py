@@ -20,7 +20,7 @@ SPARE = 0.01
 """Share of a device that a plan leaves free where it can: the workspace is an estimate."""
 
 INT8_HEAD_NOTE = (
-    "the output head, and the embeddings if tied to it, are int8: the model does not fit, or barely, otherwise"
+    "the output head, and embeddings tied to it, are int8: otherwise the model would not fit, or only barely"
 )
 
 
@@ -157,7 +157,7 @@ class _Draft:
         return cuts[::-1]
 
     def fill(self, devices: Sequence[Device]) -> list[Stage] | None:
-        """Stages that fill each device before the next, so on the fewest equal ones; None if the blocks do not fit."""
+        """Stages that fill each device before the next, on the fewest of equal devices. None if it does not fit."""
         blocks, at = len(self.layout.blocks), 0
         stages: list[Stage] = []
         for device in devices:

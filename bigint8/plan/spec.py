@@ -57,8 +57,8 @@ class ModelSpec:
         return Workload.of(context, sequences, self.max_context)
 
     def with_int8_head(self) -> "ModelSpec | None":
-        """This model with its output head in int8, and the embeddings that are tied to it; None where the settings say
-        something else of it, or it is int8 already."""
+        """This model with its output head in int8, and the embeddings that are tied to it; None if the settings
+        decide about the head, or if it is int8 already."""
         if self.int8.int8_head is not None or self.int8.skip_modules is not None:
             return None
         layout = self.sizes.with_int8_head()

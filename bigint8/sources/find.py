@@ -44,7 +44,7 @@ class Source:
         how = f"\n{self.preset.how}" if self.preset and self.preset.how else ""
         return CheckpointError(
             f"no weights for {self.name}; looked for them in:{places}{how}\n"
-            "Name a folder that has them: as the model, or beside a preset with checkpoint=DIR"
+            "Give a folder that has them as the model, or keep the preset and add checkpoint=DIR"
         )
 
 
