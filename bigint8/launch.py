@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from .errors import BigInt8Error
-from .options import Cluster, DeviceKind, Int8Config
+from .options import DEFAULT_THRESHOLD, Cluster, DeviceKind, Int8Config
 from .plan.cut import make_plan
 from .session import FoundModel, ModelPipeline, find_model, in_background
 from .terminal.flags import (
@@ -49,7 +49,7 @@ class LaunchFlags(AccessFlags, PlanFlags):
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64
     device: Annotated[DeviceKind, typer.Option(help="What the workers run on.")] = "auto"
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, help="Outlier threshold of LLM.int8(), 6.0 by default; 0 is none.")
+        float | None, typer.Option(min=0.0, help=f"Outlier threshold of LLM.int8() ({DEFAULT_THRESHOLD}); 0 is none.")
     ] = None
     int8_head: Int8Head = False
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and stop; needs no weights.")] = False

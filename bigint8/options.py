@@ -14,6 +14,9 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 Activations = Literal["auto", "int8", "16bit"]
 """The same choice as `bigint8_kernels.Activations`, which cannot be imported without torch."""
 
+DEFAULT_THRESHOLD = 6.0
+"""Of outliers, as in Dettmers et al. 2022."""
+
 DEFAULT_CONTEXT = 2048
 
 PREFILL_CHUNK = 512
@@ -40,7 +43,7 @@ class Int8Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+    threshold: float = Field(default=DEFAULT_THRESHOLD, ge=0, allow_inf_nan=False)
     skip_modules: tuple[str, ...] | None = None
     int8_head: bool | None = None
     dtype: Dtype = "auto"

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from ..errors import BigInt8Error
-from ..options import Access, DeviceKind, Dtype, Workload
+from ..options import DEFAULT_CONTEXT, Access, DeviceKind, Dtype, Workload
 from ..plan.cut import fewest_devices
 from ..plan.devices import (
     Device,
@@ -60,7 +60,9 @@ class PlanFlags:
     gpu_type: Annotated[
         str | None, typer.Option(help=f"Plan for GPUs of this kind instead of this machine's: {DEFAULT_GPU_TYPE}, ...")
     ] = None
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence to leave room for (2048).")] = None
+    context: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens of a sequence to leave room for ({DEFAULT_CONTEXT}).")
+    ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 1
     dtype: Annotated[Dtype, typer.Option(help="Of what is not int8.")] = "auto"
 
