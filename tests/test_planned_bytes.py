@@ -119,7 +119,7 @@ def test_more_tokens_than_planned_are_refused(tmp_path):
     ids = torch.ones(2, 16, dtype=torch.long)
     model(ids)
     model(torch.ones(4, 8, dtype=torch.long))  # no more tokens than two sequences of the context
-    with pytest.raises(BigInt8Error, match="17 tokens in one sequence.*context of 16"):
+    with pytest.raises(BigInt8Error, match=r"17 tokens in one sequence.*context of 16"):
         model(torch.ones(1, 17, dtype=torch.long))
     with pytest.raises(BigInt8Error, match=r"3 sequences of 16 tokens.*2 of 16.*batch_size="):
         model(torch.ones(3, 16, dtype=torch.long))
