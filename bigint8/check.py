@@ -3,7 +3,7 @@
 python -m bigint8.check CHECKPOINT [--gpus N]
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -53,6 +53,7 @@ def run(flags: CheckFlags) -> None:
     plan, note = plan_stages(found.spec, flags)
     if plan is not None:
         print_plan(console, plan)
+        found = replace(found, spec=plan.spec)  # what the plan decided about the head
     if note:
         console.print(note, soft_wrap=True)
     report = check(found, flags.dtype)

@@ -5,8 +5,10 @@ python -m bigint8.launch --model NAME_OR_PATH --gpus N [--prompt TEXT]...
 
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +16,7 @@ from rich.console import Console
 from .errors import BigInt8Error
 from .options import Cluster, DeviceKind, Int8Config
 from .plan.cut import make_plan
-from .session import FoundModel, ModelPipeline, find_model, import_in_background
+from .session import FoundModel, ModelPipeline, find_model
 from .terminal.flags import (
     AccessFlags,
     Int8Head,
@@ -27,6 +29,9 @@ from .terminal.flags import (
     write_json,
 )
 from .terminal.tables import print_plan, print_summary
+
+if TYPE_CHECKING:
+    from .terminal.chat import Prompter
 
 app = new_app()
 
@@ -90,15 +95,12 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
             console.print(pipeline.note)
         print_plan(console, pipeline.plan)
 
-        imports = import_in_background("bigint8.terminal.chat")  # seconds, while workers start
-        pipeline.start()
+        prompter = _prompter_while(pipeline.start, found, flags.raw)
         unwind_on_sigterm()  # again: Ray has put a handler in its place that aborts
-        imports.join()
 
-        from .terminal.chat import Generation, Prompter
+        from .terminal.chat import Generation
 
-        prompts, folder = flags.prompt or [], found.opened().folder
-        prompter = Prompter(folder, found.spec.access, flags.raw)
+        prompts = flags.prompt or []
         encoded = [prompter.encode(text, pipeline.plan.workload.context) for text in prompts]
         load_started = time.perf_counter()
         reports = pipeline.load()
@@ -115,6 +117,22 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
         write_json(flags.json_file, result)
         if not prompts and sys.stdin.isatty() and sys.stdout.isatty():
             generation.chat()
+
+
+def _prompter_while(start: Callable[[], None], found: FoundModel, raw: bool) -> "Prompter":
+    """The prompter, whose imports take seconds, made while the workers start, which is mostly waiting."""
+    from .load.warm_up import importing
+
+    def make() -> "Prompter":
+        with importing():
+            from .terminal.chat import Prompter
+
+            return Prompter(found.opened().folder, found.spec.access, raw)
+
+    with ThreadPoolExecutor(1) as background:
+        prompter = background.submit(make)
+        start()
+        return prompter.result()
 
 
 def main() -> None:

@@ -17,6 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bigint8.plan.devices import wait_without_spinning
+
+if "torch" not in sys.modules:  # tests, workers and a compilation share the CPUs
+    wait_without_spinning()
+
 import torch
 
 if not torch.cuda.is_available():  # before triton is imported: it asks once

@@ -1,4 +1,4 @@
-"""Every launch of the GPU layer, through Triton's own specialization and compilation, with nothing behind them.
+"""Every launch of the GPU layer, and of quantizing its weights, with Triton's own specialization and compilation.
 
 Run as a program, without TRITON_INTERPRET: prints as JSON what was compiled and launched in each of `CALLS`. A driver
 that stands in for CUDA's says that there is a GPU of compute capability 8.6. It gets each compiled kernel with its
@@ -21,7 +21,10 @@ CAPABILITY, PROCESSORS = 86, 82
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the layer: X (rows, features), rows `apart` values longer than they are, W (outputs, features)."""
+    """A call of the layer: X (rows, features), rows `apart` values longer than they are, W (outputs, features).
+
+    X and W begin `address` and `weight_address` values behind an address that is a multiple of 16 bytes.
+    """
 
     rows: int
     features: int
@@ -31,7 +34,25 @@ class Call:
     has_bias: bool = False
     apart: int = 0
     address: int = 0
+    weight_address: int = 0
+    bias_dtype: str = ""
 
+
+@dataclass(frozen=True)
+class Quantization:
+    """Of a weight's rows, which lie `apart` values further from each other than they are long."""
+
+    rows: int
+    features: int
+    dtype: str = "fp16"
+    apart: int = 0
+
+
+QUANTIZATIONS = [
+    *(Quantization(3, features, dtype) for dtype in DTYPES for features in (64, 16400)),
+    *(Quantization(3, features) for features in (1, 70, 16401)),
+    Quantization(3, 64, apart=5),
+]
 
 CALLS = [
     # every bucket of rows, of every dtype
@@ -54,6 +75,9 @@ CALLS = [
     Call(2, 70, 37, "fp32"),
     Call(17, 70, 37, "fp32"),
     Call(17, 16400, 48),
+    # a bias of another dtype, and weights that no wide load takes
+    *(Call(rows, 4096, 48, has_bias=True, bias_dtype="fp32") for rows in (1, 17)),
+    *(Call(rows, 4096, 48, weight_address=1) for rows in (1, 2, 17)),
 ]
 
 PREPARED = [(48, 4096), (37, 70)]
@@ -67,11 +91,11 @@ AFTERWARDS = [
 
 
 class Driver:
-    """What Triton asks of a driver. `compiled` and `launched` are kernels' names, the latter with its grid."""
+    """What Triton asks of a driver. `compiled` and `launched` are the names of kernels, but of tuning's launches."""
 
     def __init__(self) -> None:
         self.compiled: list[str] = []
-        self.launched: list[tuple[str, tuple[int, int, int]]] = []
+        self.launched: list[str] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 99 * 1024, "multiprocessor_count": PROCESSORS},
             load_binary=self.load_binary,
@@ -85,7 +109,8 @@ class Driver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x: int, y: int, z: int, *arguments: Any) -> None:
-            self.launched.append((metadata.name, (x, y, z)))
+            assert x > 0 and 0 < y < 2**16 and 0 < z < 2**16  # CUDA's limits
+            self.launched.append(metadata.name)
 
         return launch
 
@@ -99,11 +124,13 @@ class Driver:
         return GPUTarget("cuda", CAPABILITY, 32)
 
     def get_benchmarker(self) -> Any:
-        """What times a tile: runs it once, and finds the first the fastest."""
+        """What times a tile: runs it once, and finds all equally fast."""
 
         def time(kernel: Any, quantiles: tuple[float, ...]) -> list[float]:
+            before = len(self.launched)
             kernel()
-            return [float(len(self.launched))] * len(quantiles)
+            del self.launched[before:]
+            return [1.0] * len(quantiles)
 
         return time
 
@@ -113,34 +140,39 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
     width = call.features + call.apart
     memory = torch.zeros(call.rows * width + call.address, dtype=dtype)
     x = memory[call.address :].view(call.rows, width)[:, : call.features]
-    weight = torch.zeros(call.outputs, call.features, dtype=torch.int8)
-    bias = torch.zeros(call.outputs, dtype=dtype) if call.has_bias else None
+    weight = torch.zeros(call.outputs * call.features + call.weight_address, dtype=torch.int8)
+    weight = weight[call.weight_address :].view(call.outputs, call.features)
+    bias = torch.zeros(call.outputs, dtype=DTYPES[call.bias_dtype or call.dtype]) if call.has_bias else None
     return x, weight, torch.ones(call.outputs), bias, 6.0, call.activations
 
 
 def main() -> None:
     stand_in = Driver()
     driver.set_active(stand_in)
-    from bigint8_kernels import gpu
+    from bigint8_kernels import gpu, triton_weights
     from bigint8_kernels.gpu_tiles import ARCHITECTURES
 
     pretended = gpu.Gpu(ARCHITECTURES[CAPABILITY], PROCESSORS)
 
-    def run(call: Call) -> dict[str, Any]:
+    def run(given: Call | Quantization) -> dict[str, Any]:
         stand_in.compiled.clear()
         stand_in.launched.clear()
-        y = gpu.int8_linear(*arguments_of(call), pretended)
-        assert y.shape == (call.rows, call.outputs) and y.dtype == DTYPES[call.dtype]
-        first = list(stand_in.compiled)
-        stand_in.launched.clear()
-        gpu.int8_linear(*arguments_of(call), pretended)
-        return asdict(call) | {"compiled": first, "launched": [name for name, _ in stand_in.launched]}
+        if isinstance(given, Call):
+            y = gpu.int8_linear(*arguments_of(given), pretended)
+            assert y.shape == (given.rows, given.outputs) and y.dtype == DTYPES[given.dtype]
+        else:
+            source = torch.zeros(given.rows, given.features + given.apart, dtype=DTYPES[given.dtype])
+            out = torch.zeros(given.rows, given.features, dtype=torch.int8)
+            bad = torch.zeros(1, dtype=torch.int32)
+            triton_weights.quantize_rows_into(source[:, : given.features], out, torch.zeros(given.rows), bad)
+        return asdict(given) | {"compiled": list(stand_in.compiled), "launched": list(stand_in.launched)}
 
     if sys.argv[1:] == ["prepared"]:
-        gpu.prepare(torch.device("cpu"), PREPARED, torch.float16, 300, "auto", pretended)
+        weights = [torch.zeros(shape, dtype=torch.int8) for shape in PREPARED]
+        gpu.prepare(weights, torch.float16, 300, "auto", pretended)
         print(json.dumps([run(call) for call in AFTERWARDS]))
     else:
-        print(json.dumps([run(call) for call in CALLS]))
+        print(json.dumps([run(given) for given in (*CALLS, *QUANTIZATIONS)]))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calls(cache: Path) -> list[dict[str, Any]]:
+def everything(cache: Path) -> list[dict[str, Any]]:
     return run(cache)
+
+
+@pytest.fixture(scope="module")
+def calls(everything: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [call for call in everything if "activations" in call]
 
 
 def named(call: dict[str, Any]) -> str:
@@ -45,6 +50,12 @@ def test_every_launch_that_can_be_chosen_has_its_kernel(calls):
         *QUANTIZE, "gather_columns_kernel", "int8_matmul_kernel", "finish_matmul_kernel", "int8_gemv_kernel",
         "add_parts_kernel",
     }  # fmt: skip
+
+
+def test_quantizing_a_weight_is_one_launch(everything):
+    quantizations = [given for given in everything if "activations" not in given]
+    assert len(quantizations) == 10
+    assert all(given["launched"] == ["quantize_rows_kernel"] for given in quantizations)
 
 
 def test_few_rows_of_16_bits_take_one_launch_and_a_second_where_k_is_split(calls):
@@ -66,6 +77,7 @@ def test_a_prompt_takes_three_launches_and_two_more_to_gather_columns_and_to_fin
 def test_rows_bias_address_and_distance_of_rows_compile_nothing_new(calls):
     """One kernel serves them all, where the distance is no multiple of 16 too: X, which is small, is copied then."""
     plain = [call for call in calls if call["features"] == 4096 and call["activations"] == "auto"]
+    plain = [call for call in plain if not call["weight_address"] and not call["bias_dtype"]]
     first: set[tuple[Any, ...]] = set()
     for call in plain:
         tile = "one" if call["rows"] == 1 else next(most for most in (16, 64, 10**6) if call["rows"] <= most)

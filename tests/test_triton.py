@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from bigint8_kernels import dispatch, gpu, reference, triton_activations, triton_gemv, triton_matmul, triton_weights
+from bigint8_kernels import dispatch, reference, triton_activations, triton_gemv, triton_matmul, triton_weights
 from bigint8_kernels.gpu import MOST_GEMV_ROWS, Gpu, int8_linear
 from bigint8_kernels.gpu_tiles import ARCHITECTURES, gemv_tile, matmul_tiles
 from bigint8_kernels.triton_matmul import GATHERED
@@ -345,28 +345,13 @@ def test_a_gpu_without_pythons_headers_is_served_by_plain_torch_and_told_what_to
         assert dispatch.backend_of(capability(8, 6)) == "torch"
 
 
-def test_a_gpu_too_full_for_a_layer_once_more_is_prepared_with_a_part_of_it(monkeypatch):
-    empty, most = torch.empty, 300 * 64
-
-    def with_little_memory(*shape, **options):
-        if np.prod(shape) > most:
-            raise torch.OutOfMemoryError
-        return empty(*shape, **options)
-
-    monkeypatch.setattr(torch, "empty", with_little_memory)
-    assert gpu._empty_weight(300, 64, torch.device("cpu")).shape == (300, 64)
-    assert gpu._empty_weight(1000, 64, torch.device("cpu")).shape == (240, 64)
-    with pytest.raises(torch.OutOfMemoryError):
-        gpu._empty_weight(1000, 8192, torch.device("cpu"))
-
-
 def test_there_is_nothing_to_prepare_on_a_cpu():
-    dispatch.prepare_device(torch.device("cpu"), [(8, 8)], torch.float16, 128)
+    dispatch.prepare_layers([torch.zeros(8, 8, dtype=torch.int8)], torch.float16, 128)
 
 
 def test_a_dtype_that_no_kernel_takes_is_not_prepared():
     with pytest.raises(TypeError, match="float64"):
-        dispatch.prepare_device(torch.device("cpu"), [(8, 8)], torch.float64, 128)
+        dispatch.prepare_layers([], torch.float64, 128)
 
 
 def test_other_devices_are_served_by_plain_torch():

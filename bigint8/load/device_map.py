@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bigint8_kernels import prepare_device
+from bigint8_kernels import prepare_layers
 from torch import nn
 
 from ..checkpoint.headers import Checkpoint
@@ -89,14 +89,11 @@ def follow_devices(model: nn.Module, named: Mapping[str, str], device_of: Callab
 
 
 def prepare_kernels(model: nn.Module, most_rows: int) -> None:
-    """Let each GPU compile and tune its kernels for the model's int8 layers now, and not in the first prompt."""
-    shapes: dict[torch.device, set[tuple[int, int]]] = {}
-    for module in model.modules():
-        if isinstance(module, Int8Linear) and module.weight.is_cuda:
-            shapes.setdefault(module.weight.device, set()).add((module.out_features, module.in_features))
-    for device, there in shapes.items():
+    """Let GPUs compile and tune their kernels for the model's int8 layers now, and not in the first prompt."""
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    if layers:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float16)
-        prepare_device(device, there, dtype, most_rows)
+        prepare_layers([layer.weight for layer in layers], dtype, most_rows, layers[0].activations)
 
 
 def where(device: str) -> str:

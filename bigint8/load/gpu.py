@@ -4,18 +4,26 @@ A reader hands over a chunk in page-locked memory. It is copied on the GPU's cop
 event says that the bytes are there, quantizes or converts them into their slice of the memory that was allocated up
 front. The reader waits for the copy alone, since it is going to read into that buffer again. Values that no weight has
 are counted on the GPU, for each chunk in a place of its own, and asked for once, at the end.
+
+Loading in one process, all readers may be busy with one GPU. So each GPU takes as many chunks at once as a plan leaves
+room for, and a chunk more waits for the oldest of them.
 """
 
 import threading
+from collections import deque
 from dataclasses import dataclass, replace
 
 import torch
 from bigint8_kernels import quantize_rows_counting
 from torch import Tensor
 
+from ..plan.memory import GPU_READERS
 from .assign import Step, Transfer
 from .convert import damaged, place_of, store, too_large
 from .stream import Chunk
+
+MOST_CHUNKS = 2 * GPU_READERS
+"""Chunks that a GPU works on at once: what `plan.memory.workspace_bytes` leaves room for."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class GpuWriter:
         self._work.wait_stream(torch.cuda.current_stream(self._device))
         self._counts: list[_Count] = []
         self._lock = threading.Lock()
+        self._under_way: deque[torch.cuda.Event] = deque()  # what ends the work on each chunk, oldest first
 
     def store(self, transfer: Transfer, chunk: Chunk) -> None:
         """Begin to bring a chunk into its slot's memory. When this returns, its staging buffer may be read into."""
@@ -47,28 +56,34 @@ class GpuWriter:
             with torch.cuda.stream(self._work):
                 store(transfer, chunk)
             return
-        out, scale_R = place_of(transfer, chunk)
-        with torch.cuda.device(self._device):
-            with torch.cuda.stream(self._copies):
-                staged = chunk.data.to(self._device, non_blocking=True)
-                copied = torch.cuda.Event(blocking=True)  # a reader that waits leaves its CPU to others
-                copied.record(self._copies)
-            self._work.wait_event(copied)
-            with torch.cuda.stream(self._work):
-                counts = torch.zeros(2, dtype=torch.int32, device=self._device)
-                if transfer.step is Step.QUANTIZE:
-                    assert scale_R is not None
-                    source = staged.T if transfer.slot.transposed else staged
-                    quantize_rows_counting(source, out, scale_R, counts[:1])
-                else:
-                    out.copy_(staged)
-                if transfer.step is Step.COPY:
-                    counts.copy_(torch.stack([(~torch.isfinite(values)).sum() for values in (staged, out)]))
-            staged.record_stream(self._work)  # its memory is not given away before the work is done
-        with self._lock:
-            without_data = replace(chunk, data=torch.empty(0))  # the buffer is not ours to keep
-            self._counts.append(_Count(transfer, without_data, counts))
+        with self._lock, torch.cuda.device(self._device):
+            if len(self._under_way) == MOST_CHUNKS:
+                self._under_way.popleft().synchronize()
+            copied = self._launch(transfer, chunk)
+            self._under_way.append(_recorded(self._work))
         copied.synchronize()
+
+    def _launch(self, transfer: Transfer, chunk: Chunk) -> torch.cuda.Event:
+        """Launch what brings the chunk into its slot's memory; returns what ends the copy to the GPU."""
+        out, scale_R = place_of(transfer, chunk)
+        with torch.cuda.stream(self._copies):
+            staged = chunk.data.to(self._device, non_blocking=True)
+            copied = _recorded(self._copies)
+        self._work.wait_event(copied)
+        with torch.cuda.stream(self._work):
+            counts = torch.zeros(2, dtype=torch.int32, device=self._device)
+            if transfer.step is Step.QUANTIZE:
+                assert scale_R is not None
+                source = staged.T if transfer.slot.transposed else staged
+                quantize_rows_counting(source, out, scale_R, counts[:1])
+            else:
+                out.copy_(staged)
+            if transfer.step is Step.COPY:
+                counts.copy_(torch.stack([(~torch.isfinite(values)).sum() for values in (staged, out)]))
+        staged.record_stream(self._work)  # its memory is not given away before the work is done
+        without_data = replace(chunk, data=torch.empty(0))  # the buffer is not ours to keep
+        self._counts.append(_Count(transfer, without_data, counts))
+        return copied
 
     def wait(self) -> None:
         """Wait for everything: what was written to may be given back."""
@@ -85,3 +100,10 @@ class GpuWriter:
                 raise damaged(count.chunk, "NaN or infinity")
             if as_stored:
                 raise too_large(count.transfer)
+
+
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event that is over when all that is on the stream now is. Who waits for it leaves its CPU to others."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event

@@ -12,6 +12,7 @@ import functools
 import mmap
 import os
 import threading
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ class RowStream:
         self, upcoming: Iterator[tuple[int, Read]], work: Callable[[Chunk], object], failures: list[Any]
     ) -> None:
         """One reader: the next read, its chunks, and so on. Reads begin in order: a failure stops only later ones."""
-        buffer = torch.empty(0, dtype=torch.uint8)
+        buffer = data = torch.empty(0, dtype=torch.uint8)
         while True:
             with self._lock:
                 index, read = (-1, None) if self._stopped else next(upcoming, (-1, None))
@@ -200,6 +201,8 @@ class RowStream:
                 with self._lock:
                     self._stopped = True
                 failures.append((index, error))
+                traceback.clear_frames(error.__traceback__)  # they hold the buffer: it would stay page-locked
+                buffer = data = buffer[:0].clone()
                 return
             with self._lock:
                 self.bytes_read += read.stop - read.start

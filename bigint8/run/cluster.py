@@ -39,7 +39,7 @@ def connect(workers: int | None, address: str | None) -> bool:
             with _loopback_only(), _without_monitors():
                 ray.init(
                     address="local",
-                    num_cpus=max(workers or 1, os.cpu_count() or 1),
+                    num_cpus=workers or 1,
                     object_store_memory=OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     **quiet,

@@ -21,7 +21,7 @@ from .dispatch import (
     copy_values,
     float_linear,
     int8_linear,
-    prepare_device,
+    prepare_layers,
     quantize_rows,
     quantize_rows_counting,
 )
@@ -34,7 +34,7 @@ __all__ = [
     "copy_values",
     "float_linear",
     "int8_linear",
-    "prepare_device",
+    "prepare_layers",
     "quantize_rows",
     "quantize_rows_counting",
 ]

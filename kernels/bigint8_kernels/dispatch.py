@@ -80,29 +80,28 @@ def missing_to_launch() -> str | None:
     return None if header.exists() else f"{header} (install Python's headers: python3-dev or python3-devel)"
 
 
-def prepare_device(
-    device: torch.device,
-    shapes: Iterable[tuple[int, int]],
-    dtype: torch.dtype,
-    most_rows: int,
-    activations: Activations = "auto",
+def prepare_layers(
+    weights_NK: Iterable[Tensor], dtype: torch.dtype, most_rows: int, activations: Activations = "auto"
 ) -> None:
-    """Compile and tune now what `int8_linear` would at the first token and the first prompts.
+    """Compile and tune now what `int8_linear` would at the first token and the first prompts with these int8 weights.
 
-    `shapes` are the (out_features, in_features) of the layers on this device, `dtype` is that of X, `most_rows` the
-    most tokens that a prompt brings at once. Call it when the weights are loaded: it takes memory for a moment, for the
-    largest layer's weights once more and, to tune, 256 MiB. Where nothing was compiled before it takes minutes. Does
-    nothing for a device that Triton does not serve. Raises TypeError for another dtype than `int8_linear` takes.
+    `dtype` is that of X, `most_rows` the most tokens that a prompt brings at once. Call it when the weights are loaded:
+    they are multiplied as they are, and what it takes besides is X, Y and, to tune, 256 MiB for a moment. Where nothing
+    was compiled before it takes long. Does nothing for devices that Triton does not serve. Raises TypeError for another
+    dtype than `int8_linear` takes.
     """
     if dtype not in SOURCE_DTYPES:
-        raise TypeError(f"prepare_device prepares for float16, bfloat16 and float32 activations, not {dtype}")
-    if backend_of(device) != "triton":
-        return
-    from . import gpu
+        raise TypeError(f"prepare_layers prepares for float16, bfloat16 and float32 activations, not {dtype}")
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for weight_NK in weights_NK:
+        by_device.setdefault(weight_NK.device, []).append(weight_NK)
+    for device, there in by_device.items():
+        if backend_of(device) == "triton":
+            from . import gpu
 
-    with torch.cuda.device(device), _launching:
-        gpu.prepare(device, shapes, dtype, most_rows, activations, gpu.gpu_of(device))
-        torch.cuda.empty_cache()
+            with torch.cuda.device(device), _launching:
+                gpu.prepare(there, dtype, most_rows, activations, gpu.gpu_of(device))
+                torch.cuda.empty_cache()
 
 
 def quantize_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> bool:

@@ -90,33 +90,16 @@ def int8_linear(
 
 
 def prepare(
-    device: torch.device,
-    shapes: Iterable[tuple[int, int]],
-    dtype: torch.dtype,
-    most_rows: int,
-    activations: Activations,
-    gpu: Gpu,
+    weights_NK: Iterable[Tensor], dtype: torch.dtype, most_rows: int, activations: Activations, gpu: Gpu
 ) -> None:
-    """Launch what `int8_linear` does for up to `most_rows` rows of X in `dtype`, for each (out_features, in_features).
+    """Launch what `int8_linear` does for up to `most_rows` rows of X in `dtype`, with one of the weights of each shape.
 
-    That compiles these kernels, and tunes those that have several tiles. The weights are empty memory. Where there is
-    not enough for all outputs of a layer, the kernels are compiled with some of them, and tuned at the first prompt.
+    That compiles these kernels, and tunes those that have several tiles. The weights are on one device.
     """
     buckets = (1, 2, *(2**i for i in range(5, row_bucket(most_rows).bit_length())), most_rows)
-    for outputs, features in dict.fromkeys(shapes):
-        weight_NK = _empty_weight(outputs, features, device)
-        scale_N = torch.ones(len(weight_NK), dtype=torch.float32, device=device)
+    for weight_NK in {weight_NK.shape: weight_NK for weight_NK in weights_NK}.values():
+        outputs, features = weight_NK.shape
+        scale_N = torch.ones(outputs, dtype=torch.float32, device=weight_NK.device)
         for rows in dict.fromkeys(min(rows, most_rows) for rows in buckets):
-            x_TK = torch.zeros(rows, features, dtype=dtype, device=device)
+            x_TK = torch.zeros(rows, features, dtype=dtype, device=weight_NK.device)
             int8_linear(x_TK, weight_NK, scale_N, None, 6.0, activations, gpu)
-
-
-def _empty_weight(outputs: int, features: int, device: torch.device) -> Tensor:
-    """int8 (N, K) of as many outputs as there is memory for: these, or a half, a quarter and so on."""
-    while True:
-        try:
-            return torch.empty(outputs, features, dtype=torch.int8, device=device)
-        except torch.OutOfMemoryError:
-            if outputs < 2 * ALIGNMENT:
-                raise
-            outputs = outputs // 2 // ALIGNMENT * ALIGNMENT

@@ -78,7 +78,7 @@ def _finish(
     found = tl.load(count)
     x_rows = x + t_safe.to(tl.int64)[:, None] * x_stride
     w_rows = w + n_safe.to(tl.int64)[:, None] * features
-    gathered = tl.minimum(found, _GATHERED * is_gathered)
+    gathered = tl.minimum(found, is_gathered * _GATHERED)
     column_rows = w_outliers + n_safe.to(tl.int64)[:, None] * _GATHERED
     for start in range(0, gathered, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
