@@ -111,7 +111,7 @@ def skeleton_of(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> Skeleton
         raise
     except Exception as error:  # the model's own code meets a config's values here, with many kinds of exceptions
         raise refused(checkpoint, error) from error
-    skeleton.tensors = name_tensors(checkpoint, skeleton)
+    skeleton.tensors = name_tensors(checkpoint, skeleton.model, skeleton.slots, skeleton.tied)
     keep_16bit_tables(skeleton, {name: tensor.dtype for name, tensor in skeleton.tensors.items()})
     return skeleton
 
