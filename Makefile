@@ -1,7 +1,9 @@
 # `make demo` and `make test` make a virtual environment, install what they need and run. Python 3.10+ with venv is all
-# that is assumed. TORCH is pinned because an unpinned torch brings several GB of CUDA to machines without a GPU.
+# that is assumed. TORCH is pinned because an unpinned torch brings several GB of CUDA to machines without a GPU. JOBS
+# processes share the tests; each needs some 2 GB.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 PROMPT ?= What is the capital of France?
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -12,7 +14,7 @@ demo: install
 	$(BIN)/python -m bigint8.launch --model smollm2-135m --gpus 2 --device cpu --prompt "$(PROMPT)" --max-new-tokens 32
 
 test: install-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 	$(MAKE) --no-print-directory demo
 
 lint: install-test

@@ -5,16 +5,17 @@ python -m bigint8.launch --model NAME_OR_PATH --gpus N [--prompt TEXT]...
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .errors import BigInt8Error
-from .options import Cluster, DeviceKind, Int8Config
+from .options import DEFAULT_THRESHOLD, Cluster, DeviceKind, Int8Config
 from .plan.cut import make_plan
-from .session import FoundModel, ModelPipeline, find_model, import_in_background
+from .session import FoundModel, ModelPipeline, find_model, in_background
 from .terminal.flags import (
     AccessFlags,
     Int8Head,
@@ -22,11 +23,15 @@ from .terminal.flags import (
     PlanFlags,
     command,
     new_app,
+    new_console,
     run_command,
     unwind_on_sigterm,
     write_json,
 )
 from .terminal.tables import print_plan, print_summary
+
+if TYPE_CHECKING:
+    from .terminal.chat import Prompter
 
 app = new_app()
 
@@ -44,7 +49,7 @@ class LaunchFlags(AccessFlags, PlanFlags):
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64
     device: Annotated[DeviceKind, typer.Option(help="What the workers run on.")] = "auto"
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, help="Outlier threshold of LLM.int8(), 6.0 by default; 0 is none.")
+        float | None, typer.Option(min=0.0, help=f"Outlier threshold of LLM.int8() ({DEFAULT_THRESHOLD}); 0 is none.")
     ] = None
     int8_head: Int8Head = False
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and stop; needs no weights.")] = False
@@ -61,7 +66,7 @@ class LaunchFlags(AccessFlags, PlanFlags):
 @command(app, LaunchFlags)
 def launch(flags: LaunchFlags) -> None:
     """Load a model in int8 over several devices and generate text with it."""
-    console = Console(highlight=False)
+    console = new_console()
     found = find_model(flags.model, flags.int8(), flags.access(), flags.checkpoint, weights=not flags.plan_only)
     if flags.plan_only or found.checkpoint is None:
         _plan_only(console, found, flags)
@@ -86,19 +91,21 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
     started = time.perf_counter()
     cluster = Cluster(flags.device, flags.address)
     with ModelPipeline(found, flags.gpus, flags.workload(found.spec), cluster) as pipeline:
+        unwind_on_sigterm()  # again: Ray, if it is there by now, has put a handler in its place that aborts
         if pipeline.note:
             console.print(pipeline.note)
         print_plan(console, pipeline.plan)
+        planned = pipeline.plan
 
-        imports = import_in_background("bigint8.terminal.chat")  # seconds, while workers start
-        pipeline.start()
-        unwind_on_sigterm()  # again: Ray has put a handler in its place that aborts
-        imports.join()
+        prompter = _prompter_while(pipeline.start, found, flags.raw)
+        unwind_on_sigterm()
+        if pipeline.plan is not planned:
+            console.print(pipeline.note)
+            print_plan(console, pipeline.plan)
 
-        from .terminal.chat import Generation, Prompter
+        from .terminal.chat import Generation
 
-        prompts, folder = flags.prompt or [], found.opened().folder
-        prompter = Prompter(folder, found.spec.access, flags.raw)
+        prompts = flags.prompt or []
         encoded = [prompter.encode(text, pipeline.plan.workload.context) for text in prompts]
         load_started = time.perf_counter()
         reports = pipeline.load()
@@ -115,6 +122,21 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
         write_json(flags.json_file, result)
         if not prompts and sys.stdin.isatty() and sys.stdout.isatty():
             generation.chat()
+
+
+def _prompter_while(start: Callable[[], None], found: FoundModel, raw: bool) -> "Prompter":
+    """The prompter, whose imports take seconds, made while the workers start, which is mostly waiting."""
+    from .load.warm_up import importing
+
+    def make() -> "Prompter":
+        with importing():
+            from .terminal.chat import Prompter
+
+            return Prompter(found.opened().folder, found.spec.access, raw)
+
+    prompter = in_background(make)
+    start()
+    return prompter()
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -25,13 +26,21 @@ def bench(monkeypatch):
 
 
 def run(module, *arguments: str) -> str:
-    import typer
-
     app = typer.Typer()
     app.command()(module.main)
     result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
+
+
+def run_sides_here(module, monkeypatch) -> None:
+    """Each side runs in this process, as its own would run it: torch is imported once."""
+
+    def run_child(script: str, arguments: list[str]) -> dict[str, float]:
+        assert script == module.__file__
+        return json.loads(run(module, *arguments).strip().splitlines()[-1])
+
+    monkeypatch.setattr(module, "run_child", run_child)
 
 
 def test_medians_and_ratios_are_of_the_rounds(bench):
@@ -67,14 +76,26 @@ def test_sides_take_turns_and_one_that_fails_is_told_of(bench):
     assert comparison.failed == {"b": "RuntimeError: no such instruction"}
 
 
+def test_a_side_in_a_process_of_its_own_gives_its_last_line_or_the_last_of_its_errors(bench, tmp_path):
+    rounds = bench("rounds")
+    script = tmp_path / "side.py"
+    script.write_text("import sys\nprint('noise')\nprint('{\"seconds\": ' + sys.argv[1] + '}')\n")
+    assert rounds.run_child(str(script), ["1.5"]) == {"seconds": 1.5}
+    script.write_text("raise OSError('no such disk')\n")
+    with pytest.raises(RuntimeError, match=r"^OSError: no such disk$"):
+        rounds.run_child(str(script), [])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /proc")
-def test_load_measures_every_side(bench, tmp_path):
+def test_load_measures_every_side(bench, monkeypatch, tmp_path):
     from bigint8.session import quantize
 
     save_tiny("llama", False, tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "int8", progress=False)
     options = ["--rounds", "1", "--cache", "cold", "--without", "bitsandbytes", "--json", str(tmp_path / "j")]
-    run(bench("load"), str(tmp_path / "model"), "--int8", str(tmp_path / "int8"), *options)
+    load = bench("load")
+    run_sides_here(load, monkeypatch)
+    run(load, str(tmp_path / "model"), "--int8", str(tmp_path / "int8"), *options)
     result = json.loads((tmp_path / "j").read_text())
     (comparison,) = result["comparisons"]
     assert comparison["title"] == "load model, cold page cache" and not comparison["failed"]
@@ -97,11 +118,14 @@ def test_matmul_measures_every_side_that_is_installed(bench, tmp_path, monkeypat
         assert len(comparison["rounds"]["bigint8"]) == 2
 
 
-def test_generate_measures_prefill_and_decode(bench, tmp_path):
+def test_generate_measures_prefill_and_decode(bench, monkeypatch, tmp_path):
+    generate = bench("generate")
+    run_sides_here(generate, monkeypatch)
     save_tiny("llama", False, tmp_path / "model")
     options = ["--checkpoint", str(tmp_path / "model"), "--prompt", "16", "--tokens", "2", "--rounds", "1"]
     without = [word for side in ("bitsandbytes", "llama.cpp Q8_0", "bfloat16") for word in ("--without", side)]
-    output = run(bench("generate"), "tiny", *options, "--batch", "2", *without, "--json", str(tmp_path / "j"))
+    output = run(generate, "tiny", *options, "--batch", "2", *without, "--json", str(tmp_path / "j"))
     decode, prefill = json.loads((tmp_path / "j").read_text())["comparisons"]
+    assert not decode["failed"]
     assert set(decode["medians"]) == set(prefill["medians"]) == {"bigint8", "bigint8 int8_head", "float32"}
     assert "batch 2" in output and decode["ratios"]["float32"] > 0

@@ -3,15 +3,12 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
+from commands import assert_refused
 from folders import INDEX, quantization_of, read_tensors, replace, rewrite, set_config, shard_of
 from torch import Tensor
 from transformers import StableLmConfig, StableLmForCausalLM
@@ -20,46 +17,10 @@ import bigint8.check
 import bigint8.quantize
 from bigint8 import Int8Config, Int8Linear, load_sharded_int8
 from bigint8.session import check, find_model, quantize
-from bigint8.terminal.flags import run_command
 from bigint8.units import decimal
 
 LAYER = "model.layers.1.mlp.down_proj"
 NORM = "model.layers.2.input_layernorm.weight"
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    error: str
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """The command line, in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(module: Any, *arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_command(module.app)
-        out, error = capsys.readouterr()
-        return Ended(ended.value.code or 0, out, error)
-
-    yield command
-    signal.signal(signal.SIGTERM, before)
-
-
-def run_apart(module: str, *arguments: object) -> Ended:
-    """The command line, in a process of its own."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +35,6 @@ def int8(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(source: Path, tmp_path: Path) -> Path:
     """A copy of the 16-bit checkpoint, to damage."""
     return Path(shutil.copytree(source, tmp_path / "model"))
-
-
-def assert_refused(ended: Ended, *said: str) -> None:
-    """One line of error, no traceback, exit code 2."""
-    assert ended.code == 2
-    assert "Traceback" not in ended.error and "Traceback" not in ended.out
-    last = ended.error.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    for part in said:
-        assert part in last
 
 
 # --- check -------------------------------------------------------------------------------------------------------
@@ -215,11 +166,6 @@ def test_a_damaged_checkpoint_ends_a_check_with_2(damage: Callable[[Path], str],
     assert_refused(run(bigint8.check, copy, *gpus), said)
 
 
-def test_a_damaged_checkpoint_ends_the_process_with_2(copy):
-    said = poison(copy)
-    assert_refused(run_apart("bigint8.check", copy), said)
-
-
 def test_damaged_scales_of_an_int8_checkpoint_end_a_check_with_2(run, int8, tmp_path):
     damaged = Path(shutil.copytree(int8, tmp_path / "int8"))
     replace(damaged, f"{LAYER}.SCB", lambda scales: scales.index_fill(0, torch.tensor([7]), -1.0))
@@ -269,7 +215,7 @@ def test_more_stages_than_blocks_are_refused_after_the_check(run, source):
 
 def test_quantize_prints_what_it_wrote_and_refuses_to_write_it_twice(run, source, tmp_path):
     folder = tmp_path / "int8"
-    ended = run_apart("bigint8.quantize", source, folder, "--shard-size", "40KB", "--int8-head", "--threshold", 4.5)
+    ended = run(bigint8.quantize, source, folder, "--shard-size", "40KB", "--int8-head", "--threshold", 4.5)
     assert ended.code == 0, ended.error
     (line,) = ended.out.strip().splitlines()
     written, read = (sum(tensor.nbytes for tensor in read_tensors(f).values()) for f in (folder, source))

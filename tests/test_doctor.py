@@ -1,40 +1,32 @@
 """The self-test on this machine's CPU: what it prints, and that it notices a kernel that is wrong."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from bigint8_kernels import cpu, cpu_weights, dispatch
+from commands import assert_refused
 
 from bigint8 import doctor, examine
-from bigint8.terminal.flags import run_command
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """The command line in this process, on a small layer: exit code, what it prints, its errors and its findings."""
+def examined(run, monkeypatch, tmp_path):
+    """The command on this CPU and a small layer: how it ended, and its findings."""
     monkeypatch.setattr(examine, "LAYERS", {"small": (130, 70)})
     monkeypatch.setattr(examine, "COPY_BYTES", 2**23)
     monkeypatch.setattr(examine, "measurements", lambda device: iter([("memory, torch.sum", lambda: "9 GB/s")]))
-    monkeypatch.setenv("COLUMNS", "200")
 
-    def command(*arguments):
+    def command():
         file = tmp_path / "findings.json"
-        monkeypatch.setattr(
-            sys, "argv", ["doctor", "--device", "cpu", "--folder", str(tmp_path), "--json", str(file), *arguments]
-        )
-        with pytest.raises(SystemExit) as ended:
-            run_command(doctor.app)
-        out, error = capsys.readouterr()
-        return ended.value.code or 0, out, error, json.loads(file.read_text())["findings"]
+        ended = run(doctor, "--device", "cpu", "--folder", tmp_path, "--json", file)
+        return *ended, json.loads(file.read_text())["findings"]
 
     return command
 
 
-def test_on_a_healthy_machine_every_kernel_is_good_and_it_exits_with_0(run):
-    code, out, error, findings = run()
+def test_on_a_healthy_machine_every_kernel_is_good_and_it_exits_with_0(examined):
+    code, out, error, findings = examined()
     assert (code, error) == (0, "")
     assert "Every kernel computes what it should." in out
     assert {finding["verdict"] for finding in findings} == {"good", "measured"}
@@ -88,9 +80,9 @@ def crashing(monkeypatch):
         (crashing, "float_linear", "illegal memory access"),
     ],
 )
-def test_a_kernel_that_is_wrong_is_named_and_it_exits_with_1(run, monkeypatch, damage, kernel, said):
+def test_a_kernel_that_is_wrong_is_named_and_it_exits_with_1(examined, monkeypatch, damage, kernel, said):
     damage(monkeypatch)
-    code, out, error, findings = run()
+    code, out, error, findings = examined()
     assert code == 1
     lines = [line for line in error.splitlines() if line.startswith("wrong: ")]
     assert any(kernel in line and said in line for line in lines)
@@ -106,10 +98,8 @@ def test_a_peer_that_fails_is_no_fault_of_ours():
     assert finding.verdict == "measured" and "not measured" in finding.result and "no such library" in finding.result
 
 
-def test_without_a_gpu_it_says_so_and_cuda_is_an_error(tmp_path):
+def test_without_a_gpu_it_says_so_and_cuda_is_an_error(run):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    command = [sys.executable, "-m", "bigint8.doctor", "--device", "cuda"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "no CUDA GPU was found" in result.stderr
+    assert_refused(run(doctor, "--device", "cuda"), "no CUDA GPU was found")
     assert dispatch.backend_of(torch.device("cpu")) == "cpu"

@@ -1,42 +1,58 @@
-"""The examples, run as a user would run them, from another folder. ray_job.py needs a cluster: test_recipes.py."""
+"""The examples as a user would run them, from another folder; with workers on those that the tests share."""
 
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from bigint8 import BigInt8Error
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-
-def run(example: str, *arguments: str, cwd: Path) -> str:
-    """What the example prints; it must end well."""
-    command = [sys.executable, str(EXAMPLES / example), *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Example = Callable[..., str]
 
 
-def test_generate_continues_the_prompt(tmp_path: Path) -> None:
-    assert run("generate.py", cwd=tmp_path).startswith("The capital of France is Paris")
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Example:
+    """What an example prints; it must end well."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_generate_takes_the_model_as_its_argument(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "generate.py"), "no-such-preset/"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode != 0
-    assert "no-such-preset/" in done.stderr
+def test_generate_continues_the_prompt(example: Example) -> None:
+    assert example("generate.py").startswith("The capital of France is Paris")
 
 
-def test_two_workers_share_all_blocks_and_continue_the_prompt(tmp_path: Path) -> None:
-    first, second, text = run("two_workers.py", "smollm2-135m", cwd=tmp_path).split("\n", 2)
+def test_generate_takes_the_model_as_its_argument(example: Example) -> None:
+    with pytest.raises(BigInt8Error, match="no-such-preset/"):
+        example("generate.py", "no-such-preset/")
+
+
+@pytest.mark.usefixtures("on_running_workers")
+def test_two_workers_share_all_blocks_and_continue_the_prompt(example: Example) -> None:
+    first, second, text = example("two_workers.py", "smollm2-135m").split("\n", 2)
     blocks = [int(n) for line in (first, second) for n in re.findall(r"\d+", line.partition("blocks")[2])]
     assert len(blocks) == 4, (first, second)
     assert (blocks[0], blocks[1] + 1, blocks[3]) == (0, blocks[2], 29)
     assert text.startswith("The capital of France is Paris")
 
 
-def test_one_layer_halves_the_bytes_at_a_small_error(tmp_path: Path) -> None:
-    sizes, error = run("one_layer.py", cwd=tmp_path).splitlines()
+@pytest.mark.usefixtures("on_running_workers")
+def test_ray_job_runs_on_the_workers_of_the_cluster_it_is_in(example: Example) -> None:
+    assert "3 workers: The capital of France is Paris" in example("ray_job.py", "smollm2-135m", "3")
+
+
+def test_one_layer_halves_the_bytes_at_a_small_error(example: Example) -> None:
+    sizes, error = example("one_layer.py").splitlines()
     before, after = (int(size.replace(",", "")) for size in re.findall(r"([\d,]+) bytes", sizes))
     assert before == 2 * (4096 * 1024 + 1024)
     assert after == 4096 * 1024 + 4 * 1024 + 2 * 1024  # weights, float32 scales, float16 bias

@@ -1,30 +1,30 @@
-"""The command line as a user meets it: real processes, what they print, how they end."""
+"""The command line as a user meets it: what it prints, how it ends, and in real processes what it leaves behind."""
 
 import fcntl
+import importlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
 import termios
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import assert_refused
 
+import bigint8.__main__
+import bigint8.launch
 from bigint8.plan.devices import cuda_devices
 from bigint8.sources.gguf import cache_folder
 
 LAUNCH = [sys.executable, "-m", "bigint8.launch"]
-
-
-def run(*arguments: str, timeout: float = 180, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LAUNCH, *arguments], capture_output=True, text=True, timeout=timeout, env=os.environ | env, check=False
-    )
 
 
 def test_a_plan_needs_neither_weights_nor_torch():
@@ -33,7 +33,7 @@ def test_a_plan_needs_neither_weights_nor_torch():
         "from bigint8.launch import app\n"
         "try: app(['--model', 'opt-175b', '--gpus', '8', '--plan-only', '--gpu-type', 'rtx-3090'])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "assert 'torch' not in sys.modules and 'ray' not in sys.modules\n"
+        "assert not {'torch', 'transformers', 'accelerate', 'ray'} & sys.modules.keys()\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
@@ -44,57 +44,65 @@ def test_a_plan_needs_neither_weights_nor_torch():
 
 
 @pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU")
-def test_a_plan_without_gpus_says_what_it_was_made_for_and_finds_the_fewest():
-    result = run("--model", "bloom-176b", "--plan-only")
-    assert result.returncode == 0
-    assert "no GPU was found: planned for 8 x NVIDIA GeForce RTX 3090" in result.stdout
+def test_a_plan_without_gpus_says_what_it_was_made_for_and_finds_the_fewest(run):
+    ended = run(bigint8.launch, "--model", "bloom-176b", "--plan-only")
+    assert ended.code == 0
+    assert "no GPU was found: planned for 8 x NVIDIA GeForce RTX 3090" in ended.out
 
 
-def test_weights_that_are_nowhere_print_the_plan_then_where_was_looked(tmp_path):
-    result = run("--model", "opt-175b", "--gpus", "8", "--gpu-type", "rtx-3090", BIGINT8_CACHE=str(tmp_path))
-    assert result.returncode == 2
-    assert "84-95" in result.stdout
-    assert result.stderr.startswith("error: no weights for opt-175b")
-    assert str(tmp_path / "opt-175b") in result.stderr and "--checkpoint" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_weights_that_are_nowhere_print_the_plan_then_where_was_looked(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("BIGINT8_CACHE", str(tmp_path))
+    ended = run(bigint8.launch, "--model", "opt-175b", "--gpus", 8, "--gpu-type", "rtx-3090")
+    assert ended.code == 2
+    assert "84-95" in ended.out
+    assert ended.error.startswith("error: no weights for opt-175b")
+    assert str(tmp_path / "opt-175b") in ended.error and "--checkpoint" in ended.error
+    assert "Traceback" not in ended.error
 
 
 @pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU")
-def test_asking_for_a_gpu_where_there_is_none_is_an_error():
-    result = run("--model", "smollm2-135m", "--gpus", "2", "--device", "cuda")
-    assert result.returncode == 2 and "no CUDA GPU was found" in result.stderr
+def test_asking_for_a_gpu_where_there_is_none_is_an_error(run):
+    ended = run(bigint8.launch, "--model", "smollm2-135m", "--gpus", 2, "--device", "cuda")
+    assert_refused(ended, "--device cuda: no CUDA GPU was found", "--device cpu")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "no/such/model/at all"], "no folder, hub id or preset"),
-        (["--model", "opt-125m", "--plan-only", "--context", "4096"], "2048 tokens"),
-        (["--model", "opt-125m", "--plan-only", "--gpus", "20", "--gpu-type", "rtx-3090"], "12 blocks"),
+        (["--model", "opt-125m", "--plan-only", "--context", "4096"], "--context 4096 is longer than the 2048 tokens"),
+        (
+            ["--model", "opt-125m", "--plan-only", "--gpus", "20", "--gpu-type", "rtx-3090"],
+            "--gpus 20: opt-125m has 12",
+        ),
         (["--model", "opt-66b", "--plan-only", "--gpus", "1", "--gpu-type", "rtx-3090"], "3 such devices"),
-        (["--model", "opt-125m", "--plan-only", "--gpu-type", "voodoo-2"], "rtx-3090"),
+        (["--model", "opt-125m", "--plan-only", "--gpu-type", "voodoo-2"], "--gpu-type voodoo-2: no such GPU"),
         (["--model", "smollm2-135m", "--gpus", "31", "--device", "cpu"], "30 blocks"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line_and_exits_with_2(arguments, message):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_what_cannot_be_done_is_said_in_a_line_with_the_flag_and_exits_with_2(run, arguments, message):
+    assert_refused(run(bigint8.launch, *arguments), message)
 
 
-def test_two_workers_write_text_and_a_report(tmp_path):
+def test_a_flag_that_is_not_there_is_told_with_a_usage_line(run):
+    ended = run(bigint8.launch, "--model", "opt-125m", "--gpu", "2")
+    assert ended.code == 2 and "--gpu" in ended.error and "Traceback" not in ended.error
+
+
+@pytest.mark.usefixtures("on_running_workers")
+def test_two_workers_write_text_and_a_report(run, tmp_path):
     report = tmp_path / "report.json"
     prompts = ["The capital of France is", "Water boils at", "One, two, three,"]
-    result = run(
-        "--model", "smollm2-135m", "--gpus", "2", "--device", "cpu", "--max-new-tokens", "8", "--batch-size", "2",
-        "--raw", "--json", str(report), *(word for prompt in prompts for word in ("--prompt", prompt)),
+    ended = run(
+        bigint8.launch,
+        "--model", "smollm2-135m", "--gpus", 2, "--device", "cpu", "--max-new-tokens", 8, "--batch-size", 2,
+        "--raw", "--json", report, *(word for prompt in prompts for word in ("--prompt", prompt)),
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout
+    assert ended.code == 0, ended.error
+    assert "Paris" in ended.out
     for worker in (0, 1):
-        assert f"worker {worker} (" in result.stderr and "135 MB of 135 MB" in result.stderr, "plain progress lines"
-    assert "269 MB read at " in result.stdout and "B/s" in result.stdout
+        assert f"worker {worker} (" in ended.error and "135 MB of 135 MB" in ended.error, "plain progress lines"
+    assert "269 MB read at " in ended.out and "B/s" in ended.out
     written = json.loads(report.read_text())
     assert [generation["prompt"] for generation in written["generations"]] == prompts
     assert "Paris" in written["generations"][0]["text"]
@@ -105,10 +113,42 @@ def test_two_workers_write_text_and_a_report(tmp_path):
     assert written["timings"]["load_seconds"] > 0
 
 
+@pytest.mark.parametrize("module", ["bigint8", "bigint8.launch", "bigint8.check", "bigint8.quantize", "bigint8.doctor"])
+def test_each_command_runs_as_a_module_and_helps_without_torch(module):
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['bigint8', '--help']\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules and 'ray' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["launch", "check", "quantize", "doctor"])
+def test_the_console_script_has_every_command_with_its_flags(run, command):
+    """And the script itself is this function."""
+    (script,) = entry_points(group="console_scripts", name="bigint8")
+    assert script.load() is bigint8.__main__.main
+    module = importlib.import_module(f"bigint8.{command}")
+    ours, theirs = run(bigint8.__main__, command, "--help"), run(module, "--help")
+    flags = set(re.findall(r"--[a-z][a-z0-9-]+", theirs.out))
+    assert ours.code == 0 and flags and flags <= set(re.findall(r"--[a-z][a-z0-9-]+", ours.out))
+
+
 def take_terminal() -> None:
     """In the new process: Ctrl-C becomes a signal, even where a shell runs the tests in its background."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join([process.name(), *process.cmdline()[:1]])
+    except psutil.Error:
+        return ""
 
 
 class Terminal:
@@ -139,6 +179,16 @@ class Terminal:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+    def family_with(self, name: str, seconds: float = 120) -> list[psutil.Process]:
+        """Its processes, once one of this name is among them."""
+        deadline = time.monotonic() + seconds
+        while True:
+            family = self.family()
+            if any(name in _name(process) for process in family):
+                return family
+            assert time.monotonic() < deadline and self.process.poll() is None, self.seen
+            time.sleep(0.1)
 
     def interrupt(self) -> int:
         """Ctrl-C, and again after a while: a signal that comes just before input() begins to wait is seen late."""
@@ -199,7 +249,7 @@ def test_a_chat_answers_and_ctrl_c_ends_it_with_every_process(terminal):
 def test_a_kill_while_loading_ends_every_process(terminal):
     terminal = terminal("--model", "smollm2-135m", "--gpus", "2", "--device", "cpu", "--prompt", "x")
     terminal.read_until("head room")
-    family = terminal.family()
+    family = terminal.family_with("ray::Worker")
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.end() > 0, "it unwound and exited; no signal ended it"
     assert "Traceback" not in terminal.seen
@@ -226,13 +276,13 @@ def test_a_wheel_runs_from_another_folder_and_adds_no_other_names(tmp_path):
         "print([n for n in ('kernels', 'launch', 'configs') if u.find_spec(n)])\n"
     )
     found = subprocess.run(
-        [python, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=True
+        [python, "-E", "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=True
     )
     assert found.stdout.splitlines() == [str(packages / "bigint8" / "__init__.py"), "[]"]
+    command = [python, "-E", "-m", "bigint8.launch", "--model", "opt-13b", "--plan-only", "--gpu-type", "rtx-3060"]
     plan = subprocess.run(
-        [python, "-m", "bigint8.launch", "--model", "opt-13b", "--plan-only", "--gpu-type", "rtx-3060", "--gpus", "2"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False,
-    )  # fmt: skip
+        [*command, "--gpus", "2"], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
+    )
     assert plan.returncode == 0 and "cuda:1" in plan.stdout, plan.stderr
 
 

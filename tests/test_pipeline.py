@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,15 +20,8 @@ from bigint8.run.driver import PipelineCache, PipelineModel
 from bigint8.run.pipeline import Pipeline
 from bigint8.run.wire import pack, unpack
 from bigint8.session import find_model
-from bigint8.sources.find import find_source
 
 WORK = Workload(context=100, sequences=4)
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    with Pipeline(3, Cluster("cpu")) as three:
-        yield three
 
 
 def load(pipeline, folder, workers, dtype="float32", work=WORK, **config):
@@ -82,11 +74,6 @@ def test_stages_keep_a_16_bit_dtype(pipeline, kind, dtype, tmp_path):
     with torch.no_grad():
         ours, theirs = model(PADDED, attention_mask=PADDED_MASK).logits, one(PADDED, attention_mask=PADDED_MASK).logits
     assert ours.dtype == getattr(torch, dtype) and torch.equal(ours, theirs)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return find_source("smollm2-135m").folder
 
 
 @pytest.fixture(scope="module")
@@ -290,23 +277,3 @@ def test_tensors_cross_processes_bit_for_bit(dtype):
     back = unpack(pack(tensor), "cpu")
     assert back.dtype == dtype and torch.equal(back, tensor)
     assert unpack(pack(None), "cpu") is None
-
-
-def test_closing_leaves_no_ray_process(tmp_path):
-    """In a process of its own, as a cluster is one a process."""
-    import subprocess
-    import sys
-
-    program = (
-        "import psutil, sys\n"
-        "from bigint8.options import Cluster\n"
-        "from bigint8.run.pipeline import Pipeline\n"
-        "with Pipeline(1, Cluster('cpu')) as p:\n"
-        "    print(*[c.pid for c in psutil.Process().children(recursive=True)], p.infos[0].pid)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    pids = [int(pid) for pid in result.stdout.split()]
-    deadline = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert len(pids) > 3 and not [pid for pid in pids if psutil.pid_exists(pid)]

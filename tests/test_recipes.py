@@ -4,7 +4,6 @@ import copy
 import os
 import re
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -183,16 +182,6 @@ def test_a_job_that_is_stopped_is_a_failure(cluster: Cluster) -> None:
     rest, _ = watcher.communicate(timeout=120)
     assert f"'{found[1]}' was stopped" in rest
     assert watcher.returncode == 1
-
-
-def test_example_ray_job_runs_on_the_cluster(cluster: Cluster) -> None:
-    ray = shutil.which("ray", path=cluster.environment["PATH"])
-    assert ray is not None
-    script = str(ROOT / "examples" / "ray_job.py")
-    command = [ray, "job", "submit", "--address", cluster.address, "--", "python", script, "smollm2-135m", "3"]
-    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 workers: The capital of France is Paris" in done.stdout
 
 
 def test_cluster_listens_on_loopback_only(cluster: Cluster) -> None:

@@ -107,8 +107,9 @@ def test_a_file_cut_short_after_its_header_was_read_is_named(tmp_path):
 
 def test_a_file_that_went_away_is_named(tmp_path):
     info = TensorInfo("w", "F16", (4, 4), tmp_path / "gone.safetensors", 100, 32)
-    with pytest.raises(CheckpointError, match=r"gone\.safetensors.*No such file"):
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors.*No such file") as caught:
         read_all(RowStream([info]))
+    assert str(info.file) in str(caught.value)
 
 
 @pytest.mark.parametrize("readers", [1, 4])

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from bigint8 import BigInt8Error, load_sharded_int8
 from bigint8.checkpoint.headers import Checkpoint, open_checkpoint
@@ -174,14 +175,25 @@ def test_a_disk_with_too_little_room_is_refused_with_the_numbers(script: ModuleT
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_line_writes_and_refuses(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "gpt2", str(tmp_path / "new"), "--layers", "1", "--shard-size", "50MB"]
-    command += ["--dtype", "bfloat16", "--sparse"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert first.returncode == 0, first.stderr
+def test_the_command_line_writes_and_refuses(script: ModuleType, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(script.main)
+    command = [
+        "gpt2",
+        str(tmp_path / "new"),
+        "--layers",
+        "1",
+        "--shard-size",
+        "50MB",
+        "--dtype",
+        "bfloat16",
+        "--sparse",
+    ]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
     assert "2 shards" in first.stdout or "3 shards" in first.stdout
     assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "new").tensors.values()} == {"BF16"}
-    second = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert second.returncode == 2
+    second = CliRunner().invoke(app, command)
+    assert second.exit_code == 2
     assert second.stderr.startswith(f"error: {tmp_path / 'new'}: exists")
     assert "Traceback" not in second.stderr

@@ -121,7 +121,7 @@ def _plan(
     spec: ModelSpec, workload: Workload, devices: Sequence[Device], offload_folder: str | os.PathLike[str] | None
 ) -> Plan:
     """Over the GPUs if the model fits there, else also on the CPU and then in files."""
-    gpus = [device for device in devices if device.kind == "cuda"][: len(spec.sizes.blocks)]
+    gpus = [device for device in devices if device.kind == "cuda"][: len(spec.known_layout.blocks)]
     try:
         return make_plan(spec, gpus or devices, workload)
     except PlanError:

@@ -1,14 +1,11 @@
 """What a checkpoint's tensors are called in the model: names change between versions and with what was saved."""
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ..checkpoint.headers import Checkpoint, TensorInfo
 from ..checkpoint.int8_format import FORMAT, SCALES
 from ..errors import CheckpointError
-
-if TYPE_CHECKING:
-    from .skeleton import Skeleton
 
 
 def model_names(model: Any, wanted: Iterable[str]) -> Callable[[str], str]:
@@ -34,19 +31,22 @@ def model_names(model: Any, wanted: Iterable[str]) -> Callable[[str], str]:
     return ours
 
 
-def name_tensors(checkpoint: Checkpoint, skeleton: "Skeleton") -> dict[str, TensorInfo]:
+def name_tensors(
+    checkpoint: Checkpoint, model: Any, slots: Iterable[str], tied: Mapping[str, str]
+) -> dict[str, TensorInfo]:
     """The checkpoint's tensors by the names that the model has for them; those it does not want keep their own.
 
-    Of a tied pair, the one that was saved is the one that is kept, whichever that is.
+    slots: the names that the model wants; tied: names that share another one's tensor. Of a tied pair, the one that was
+    saved is the one that is kept, whichever that is.
     """
-    ours_of = model_names(skeleton.model, [*skeleton.slots, *skeleton.tied])
+    ours_of = model_names(model, [*slots, *tied])
     named: dict[str, TensorInfo] = {}
     for name, tensor in checkpoint.tensors.items():
         ours = ours_of(name)
         if ours in named:
             raise CheckpointError(f"{tensor.file}: tensor {name!r} and {named[ours].name!r} are both {ours!r}")
         named[ours] = tensor
-    for target, origin in skeleton.tied.items():
+    for target, origin in tied.items():
         if origin not in named and target in named:
             named[origin] = named.pop(target)
     return named
