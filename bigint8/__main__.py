@@ -5,7 +5,7 @@ from .terminal.flags import new_app, run_command
 
 app = new_app()
 for module in (launch, check, quantize, doctor):
-    # a command is the one function that its own app has
+    # each command's own app has exactly one function
     (registered,) = module.app.registered_commands
     app.command(module.__name__.rpartition(".")[2])(registered.callback)  # type: ignore[type-var]
 

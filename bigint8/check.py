@@ -22,7 +22,9 @@ from .terminal.flags import (
     Source,
     command,
     new_app,
+    new_console,
     run_command,
+    with_flags,
     write_json,
 )
 from .terminal.tables import print_plan, print_unused
@@ -46,7 +48,7 @@ class CheckFlags(AccessFlags, PlanFlags):
 @command(app, CheckFlags)
 def run(flags: CheckFlags) -> None:
     """Read and quantize a whole checkpoint without keeping anything: what can go wrong, before it costs anything."""
-    console = Console(highlight=False)
+    console = new_console()
     int8 = Int8Config(int8_head=True) if flags.int8_head else Int8Config()
     found = find_model(flags.checkpoint, int8, flags.access())
     found.opened()
@@ -64,7 +66,7 @@ def run(flags: CheckFlags) -> None:
 
 
 def plan_stages(spec: ModelSpec, flags: PlanFlags) -> tuple[Plan | None, str]:
-    """The plan that this checkpoint is meant for, and a note about it; no plan where none is possible, with why."""
+    """A plan for this checkpoint and a note about it. If no plan is possible: None and the reason."""
     if spec.layout is None:
         model_type = spec.config["model_type"]
         return None, f"model type {model_type!r} cannot be cut into stages: it loads in one process only"
@@ -72,7 +74,7 @@ def plan_stages(spec: ModelSpec, flags: PlanFlags) -> tuple[Plan | None, str]:
         devices, note = flags.devices_to_plan_for(spec)
         return make_plan(spec, devices, flags.workload(spec)), note or ""
     except PlanError as error:
-        return None, f"no plan: {error}"
+        return None, f"no plan: {with_flags(str(error))}"
 
 
 def _print_report(console: Console, name: str, report: "CheckReport") -> None:

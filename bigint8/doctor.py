@@ -12,13 +12,11 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from .options import DeviceKind
 from .plan.devices import find_devices
-from .terminal.flags import JsonFile, command, new_app, run_command, write_json
+from .terminal.flags import JsonFile, command, new_app, new_console, run_command, write_json
 
 app = new_app()
 
@@ -39,7 +37,7 @@ def run(flags: DoctorFlags) -> None:
 
     from .examine import examine
 
-    console = Console(highlight=False)
+    console = new_console()
     devices, note = find_devices(flags.device)
     if note:
         console.print("no GPU was found: this is the CPU", soft_wrap=True)
@@ -48,12 +46,12 @@ def run(flags: DoctorFlags) -> None:
     with console.status("examining") as status:
         for finding in examine([d.name for d in devices], flags.folder or Path.cwd()):
             findings.append(finding)
-            status.update(escape(f"{finding.device}: {finding.what}"))
+            status.update(f"{finding.device}: {finding.what}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("device", "what", "result", "verdict"):
         table.add_column(heading)
     for finding in findings:
-        table.add_row(finding.device, finding.what, escape(finding.result), finding.verdict)
+        table.add_row(finding.device, finding.what, finding.result, finding.verdict)
     console.print(table)
     write_json(flags.json_file, {"findings": [asdict(finding) for finding in findings]})
     wrong = [finding for finding in findings if finding.verdict == "WRONG"]

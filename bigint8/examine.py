@@ -22,6 +22,7 @@ from bigint8_kernels.dispatch import backend_of
 from torch import Tensor
 
 from .checkpoint.headers import TensorInfo
+from .errors import in_one_line
 from .load.stream import RowStream
 
 LAYERS = {"opt-6.7b fc1": (16384, 4096), "tinyllama-1.1b down_proj": (2048, 5632)}
@@ -75,15 +76,15 @@ def _checked(device: str, what: str, check: Callable[[], str | None]) -> Finding
     try:
         wrong = check()
     except Exception as error:
-        wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        wrong = f"{type(error).__name__}: {in_one_line(error, 300)}"
     return Finding(device, what, wrong or "equals the reference", "WRONG" if wrong else "good")
 
 
 def _measured(device: str, what: str, measure: Callable[[], str]) -> Finding:
     try:
         return Finding(device, what, measure())
-    except Exception as error:  # a peer that fails is no fault of ours, and a figure is missing
-        return Finding(device, what, f"not measured: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+    except Exception as error:  # a peer may fail: then only its figure is missing
+        return Finding(device, what, f"not measured: {type(error).__name__}: {in_one_line(error, 120)}")
 
 
 # --- values ---

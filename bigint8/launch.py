@@ -6,7 +6,6 @@ python -m bigint8.launch --model NAME_OR_PATH --gpus N [--prompt TEXT]...
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +13,9 @@ import typer
 from rich.console import Console
 
 from .errors import BigInt8Error
-from .options import Cluster, DeviceKind, Int8Config
+from .options import DEFAULT_THRESHOLD, Cluster, DeviceKind, Int8Config
 from .plan.cut import make_plan
-from .session import FoundModel, ModelPipeline, find_model
+from .session import FoundModel, ModelPipeline, find_model, in_background
 from .terminal.flags import (
     AccessFlags,
     Int8Head,
@@ -24,6 +23,7 @@ from .terminal.flags import (
     PlanFlags,
     command,
     new_app,
+    new_console,
     run_command,
     unwind_on_sigterm,
     write_json,
@@ -49,7 +49,7 @@ class LaunchFlags(AccessFlags, PlanFlags):
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64
     device: Annotated[DeviceKind, typer.Option(help="What the workers run on.")] = "auto"
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, help="Outlier threshold of LLM.int8(), 6.0 by default; 0 is none.")
+        float | None, typer.Option(min=0.0, help=f"Outlier threshold of LLM.int8() ({DEFAULT_THRESHOLD}); 0 is none.")
     ] = None
     int8_head: Int8Head = False
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and stop; needs no weights.")] = False
@@ -66,7 +66,7 @@ class LaunchFlags(AccessFlags, PlanFlags):
 @command(app, LaunchFlags)
 def launch(flags: LaunchFlags) -> None:
     """Load a model in int8 over several devices and generate text with it."""
-    console = Console(highlight=False)
+    console = new_console()
     found = find_model(flags.model, flags.int8(), flags.access(), flags.checkpoint, weights=not flags.plan_only)
     if flags.plan_only or found.checkpoint is None:
         _plan_only(console, found, flags)
@@ -91,12 +91,17 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
     started = time.perf_counter()
     cluster = Cluster(flags.device, flags.address)
     with ModelPipeline(found, flags.gpus, flags.workload(found.spec), cluster) as pipeline:
+        unwind_on_sigterm()  # again: Ray, if it is there by now, has put a handler in its place that aborts
         if pipeline.note:
             console.print(pipeline.note)
         print_plan(console, pipeline.plan)
+        planned = pipeline.plan
 
         prompter = _prompter_while(pipeline.start, found, flags.raw)
-        unwind_on_sigterm()  # again: Ray has put a handler in its place that aborts
+        unwind_on_sigterm()
+        if pipeline.plan is not planned:
+            console.print(pipeline.note)
+            print_plan(console, pipeline.plan)
 
         from .terminal.chat import Generation
 
@@ -129,10 +134,9 @@ def _prompter_while(start: Callable[[], None], found: FoundModel, raw: bool) -> 
 
             return Prompter(found.opened().folder, found.spec.access, raw)
 
-    with ThreadPoolExecutor(1) as background:
-        prompter = background.submit(make)
-        start()
-        return prompter.result()
+    prompter = in_background(make)
+    start()
+    return prompter()
 
 
 def main() -> None:

@@ -14,6 +14,9 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 Activations = Literal["auto", "int8", "16bit"]
 """The same choice as `bigint8_kernels.Activations`, which cannot be imported without torch."""
 
+DEFAULT_THRESHOLD = 6.0
+"""Of outliers, as in Dettmers et al. 2022."""
+
 DEFAULT_CONTEXT = 2048
 
 PREFILL_CHUNK = 512
@@ -21,7 +24,7 @@ PREFILL_CHUNK = 512
 hundred rows on) and take more workspace."""
 
 SHARD_BYTES = 5 * 10**9
-"""The most that a shard holds, unless one tensor is larger: what transformers writes, too."""
+"""The most that a shard holds, unless one tensor is larger."""
 
 
 class Int8Config(BaseModel):
@@ -30,8 +33,8 @@ class Int8Config(BaseModel):
     threshold: columns of the activations with any |x| at or above it are multiplied in 16-bit; 0 turns that off
     skip_modules: modules left in 16-bit, by full name, name prefix or last component; None means the output head,
         unless `int8_head`
-    int8_head: the output head in int8 too, and with it the embeddings where the two are tied. None is False, unless
-        the model fits its devices only that way. A tied head is int8 only where this is True
+    int8_head: the output head in int8 too, and the embeddings if the two are tied. None: only if the model does not
+        fit, or barely, otherwise. Without it a tied head is never int8
     dtype: of everything that is not int8. "auto" is the checkpoint's, or a faster one where the device is slow at it
     activations: "int8" is LLM.int8(); "16bit" leaves them as they are; "auto" picks by the number of rows
 
@@ -40,7 +43,7 @@ class Int8Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+    threshold: float = Field(default=DEFAULT_THRESHOLD, ge=0, allow_inf_nan=False)
     skip_modules: tuple[str, ...] | None = None
     int8_head: bool | None = None
     dtype: Dtype = "auto"
@@ -108,8 +111,11 @@ DeviceKind = Literal["auto", "cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where workers run: the kind of device, whichever is there for "auto", and the address of a Ray cluster, None for
-    this machine."""
+    """Where workers run.
+
+    device: the kind of device; "auto" takes GPUs if there are any
+    address: of a Ray cluster; None is this machine
+    """
 
     device: DeviceKind = "auto"
     address: str | None = None

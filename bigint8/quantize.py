@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Int8Config
+from .options import DEFAULT_THRESHOLD, SHARD_BYTES, Int8Config
 from .session import quantize
 from .terminal.flags import AccessFlags, Int8Head, Source, bytes_of_flag, command, new_app, run_command
 from .units import decimal
@@ -23,12 +23,16 @@ class QuantizeFlags(AccessFlags):
 
     source: Source
     folder: Annotated[Path, typer.Argument(help="Where the int8 checkpoint goes: a new folder.")]
-    threshold: Annotated[float, typer.Option(min=0.0, help="Outlier threshold that is saved with it.")] = 6.0
+    threshold: Annotated[float, typer.Option(min=0.0, help="Outlier threshold that is saved with it.")] = (
+        DEFAULT_THRESHOLD
+    )
     skip_module: Annotated[
         list[str] | None, typer.Option(help="A module to leave as it is; the head if none is named. Repeatable.")
     ] = None
     int8_head: Int8Head = False
-    shard_size: Annotated[str, typer.Option(help="The most a shard holds, as 500MB or 5GiB.")] = "5GB"
+    shard_size: Annotated[str, typer.Option(help="The most a shard holds, as 500MB or 5GiB.")] = (
+        f"{SHARD_BYTES // 10**9}GB"
+    )
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False
 
 

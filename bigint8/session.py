@@ -1,20 +1,21 @@
 """The public path from a model's name to a model that runs: find, open, spec, plan, load."""
 
 import contextlib
-import importlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .checkpoint.folder import absolute, check_target
 from .checkpoint.headers import Checkpoint, open_checkpoint
 from .errors import CheckpointError
 from .options import SHARD_BYTES, Access, Cluster, Int8Config, Workload, dtype_name
 from .plan.cut import make_plan
-from .plan.devices import find_devices
+from .plan.devices import Device, cuda_devices, find_devices
+from .plan.plan import Plan
 from .plan.spec import ModelSpec, spec_of
 from .sources.find import Source, find_source
 
@@ -108,7 +109,7 @@ def load_sharded_int8(
     workload = found.spec.workload(context, batch_size)
 
     checkpoint = found.opened()
-    _warm_up(found.spec)
+    _warm_up(found.spec, (device.kind for device in cuda_devices()))
 
     from .load.device_map import place
 
@@ -116,12 +117,13 @@ def load_sharded_int8(
     return _load_here(placement, checkpoint, progress)
 
 
-def _warm_up(spec: ModelSpec) -> None:
-    """Import what a load in this process needs, and begin to compile kernels meanwhile."""
+def _warm_up(spec: ModelSpec, kinds: Iterable[str]) -> None:
+    """Import what a load in this process needs; if it is onto the CPU, begin to compile kernels meanwhile."""
     from .load.warm_up import compile_kernels, import_model, importing
 
     with importing():
-        compile_kernels(spec)
+        if "cuda" not in kinds:
+            compile_kernels(spec)
         import_model(spec)
 
 
@@ -168,7 +170,6 @@ class ModelPipeline:
         self.model: Any = None
         self.reports: list[LoadReport] = []
         self._workers: Pipeline | None = None
-        self._cluster = cluster
         found.opened()
         workload = workload or found.spec.workload()
         if cluster.address is None:
@@ -194,37 +195,34 @@ class ModelPipeline:
         """Start the workers, if the plan needs any: `load` does it otherwise. Raises WorkerError."""
         if self._workers is None and len(self.plan.stages) > 1:
             kind = self.plan.stages[0].device.kind
-            self._start(len(self.plan.stages), Cluster("cuda" if kind == "cuda" else "cpu"))
+            workers = self._start(len(self.plan.stages), Cluster("cuda" if kind == "cuda" else "cpu"))
+            there = workers.devices()  # what they say themselves: the GPUs may come in another order
+            if not _as_planned(self.plan, there):
+                self.plan = make_plan(self.found.spec, there, self.plan.workload)
+                self.note = "planned again, for the devices that the workers have"
 
     def load(self, progress: bool = True) -> "list[LoadReport]":
         """Load the model; what that did for each stage. Raises what `load_sharded_int8` raises."""
         checkpoint = self.found.opened()
         self.start()
         if self._workers is None:
-            _warm_up(self.plan.spec)
+            _warm_up(self.plan.spec, (stage.device.kind for stage in self.plan.stages))
 
             from .load.device_map import place_plan
 
             self.model = _load_here(place_plan(self.plan, checkpoint), checkpoint, progress)
             self.reports = [self.model.load_report]
             return self.reports
-        imports = import_in_background("bigint8.run.driver")  # seconds, while the workers load
+        model_of = in_background(lambda: _pipeline_model_of(checkpoint, self.plan.spec.access))
         self.reports = self._workers.load(self.plan, progress)
-        imports.join()
-
-        from .model.config import read_generation_config, read_hf_config
-        from .run.driver import PipelineModel
-
-        hf_config = read_hf_config(checkpoint, self.plan.spec.access)
-        self.model = PipelineModel(hf_config, self._workers, self.plan)
-        self.model.generation_config = read_generation_config(checkpoint.folder) or self.model.generation_config
+        self.model = model_of()(self._workers, self.plan)
         return self.reports
 
     def close(self) -> None:
         """Let the model go; end the workers, and the cluster if it was started for them."""
-        self.model = None
-        if self._workers is not None:
-            self._workers.close()
+        workers, self._workers, self.model = self._workers, None, None
+        if workers is not None:
+            workers.close()
 
     def _start(self, count: int | None, cluster: Cluster) -> "Pipeline":
         from .run.pipeline import Pipeline
@@ -233,11 +231,50 @@ class ModelPipeline:
         return self._workers
 
 
-def import_in_background(module: str) -> threading.Thread:
-    """Import a module in a thread, for whoever needs it to wait for."""
-    thread = threading.Thread(target=importlib.import_module, args=(module,), daemon=True)
-    thread.start()
-    return thread
+def _as_planned(plan: Plan, there: Sequence[Device]) -> bool:
+    """Whether the stages, in their order, are on devices of the planned kinds with room for them."""
+    return all(
+        device.model == stage.device.model and replace(stage, device=device).headroom_bytes >= 0
+        for stage, device in zip(plan.stages, there, strict=False)
+    )
+
+
+def _pipeline_model_of(checkpoint: Checkpoint, access: Access) -> "Callable[[Pipeline, Plan], Any]":
+    """What makes the model over workers that have loaded. Its imports and the configs are read before that.
+
+    Raises CheckpointError for a config that is wrong.
+    """
+    from .load.warm_up import importing
+
+    with importing():
+        from .model.config import read_generation_config, read_hf_config
+        from .run.driver import PipelineModel
+
+    hf_config, generation_config = read_hf_config(checkpoint, access), read_generation_config(checkpoint.folder)
+
+    def make(workers: "Pipeline", plan: Plan) -> Any:
+        model = PipelineModel(hf_config, workers, plan)
+        model.generation_config = generation_config or model.generation_config
+        return model
+
+    return make
+
+
+Result = TypeVar("Result")
+
+
+def in_background(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin some work in a thread. The function that is returned waits for it, and returns or raises what it did."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ STORED_FLOATS = tuple(SAFETENSORS_NAMES[name] for name in FLOAT_BYTES)
 """The same formats by safetensors' names."""
 
 TABLE_FORMATS = tuple(SAFETENSORS_NAMES[name] for name, size in FLOAT_BYTES.items() if size == 2)
-"""Formats in which token embeddings and head stay as they are stored, in a model that computes in float32."""
+"""A model that computes in float32 keeps token embeddings and head in these formats, if they are stored so."""
 
 GIB, MIB, KIB = 2**30, 2**20, 2**10
 

@@ -128,7 +128,8 @@ def _index(tensor: Tensor, index: Any, value: Any = None) -> Any:
             view, dimension = view.unsqueeze(dimension), dimension + 1
         elif isinstance(part, slice):
             size = view.shape[dimension]
-            start, stop, step = part.indices(size)
+            bounds = (None if bound is None else int(_held(bound)) for bound in (part.start, part.stop, part.step))
+            start, stop, step = slice(*bounds).indices(size)
             view, dimension = torch.ops.aten.slice(view, dimension, start, max(start, stop), step), dimension + 1
         elif isinstance(part, int) and not isinstance(part, bool):
             view = view.select(dimension, part)
@@ -160,14 +161,24 @@ def _contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _nonzero(tensor: Tensor, as_tuple: bool = False) -> Any:
+    found = torch.ops.aten.nonzero.default(tensor)
+    return found.unbind(1) if as_tuple else found
+
+
 _INSTEAD: dict[Any, Any] = {
     Tensor.__repr__: PretendTensor.__repr__,
     Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
     Tensor.tolist: lambda tensor: tensor.held.tolist(),
+    Tensor.__int__: lambda tensor: int(tensor.held),
+    Tensor.__index__: lambda tensor: int(tensor.held),
+    Tensor.__float__: lambda tensor: float(tensor.held),
     # torch's own would set the current device, before it asks what kind of tensor this is
     Tensor.__getitem__: _index,
     Tensor.__setitem__: _index,
     Tensor.__invert__: torch.bitwise_not,
+    Tensor.nonzero: _nonzero,
+    torch.nonzero: _nonzero,
     Tensor.contiguous: _contiguous,
     Tensor.copy_: _copy_,
 }

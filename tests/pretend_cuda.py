@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import bigint8_kernels
 import pytest
 import torch
 from bigint8_kernels import dispatch, reference
@@ -126,7 +125,7 @@ class PretendCuda:
     def record_stream(self, tensor: Tensor, on: Stream) -> None:
         with self._lock:
             self._of(tensor, None).recorded.add(on)
-            self._under_way[on].append(on.clock[on])
+            self._under_way[on].append(on.clock.get(on, 0))
             known = max(clock.get(on, 0) for clock in self._clocks.values())
             self.most_under_way = max(self.most_under_way, sum(count > known for count in self._under_way[on]))
 
@@ -223,7 +222,7 @@ def _quantize_rows_counting(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor, 
     bad += (~torch.isfinite(s_R)).sum()
 
 
-def install(monkeypatch: pytest.MonkeyPatch, gpus: int = 2) -> PretendCuda:
+def install(monkeypatch: pytest.MonkeyPatch, gpus: int = 2, find_races: bool = True) -> PretendCuda:
     """Let this machine have so many GPUs, for what runs in `pretending()`."""
     cuda = PretendCuda()
 
@@ -249,12 +248,14 @@ def install(monkeypatch: pytest.MonkeyPatch, gpus: int = 2) -> PretendCuda:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, on: cuda.record_stream(tensor, on))
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", cuda.give_back, raising=False)
-    monkeypatch.setattr(bigint8_kernels, "prepare_device", lambda *a: cuda.prepared.append(a), raising=False)
+    monkeypatch.setattr(device_map, "prepare_layers", lambda *args: cuda.prepared.append(args))
     monkeypatch.setattr(dispatch, "backend_of", lambda device: "torch")
     monkeypatch.setattr(gpu, "quantize_rows_counting", _quantize_rows_counting)
     devices = [Device(f"cuda:{i}", "a GPU", GPU_BYTES, "float16") for i in range(gpus)]
     monkeypatch.setattr(device_map, "cuda_devices", lambda: devices)
     _watch(monkeypatch, cuda)
+    if find_races:
+        monkeypatch.setattr("pretend.watchers", [*watchers, cuda.operation])
     return cuda
 
 
@@ -278,4 +279,3 @@ def _watch(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
     monkeypatch.setattr(torch, "empty", new_tensor)
     monkeypatch.setattr(stream._File, "read", read_into)
     monkeypatch.setattr(gpu.GpuWriter, "store", store_there)
-    monkeypatch.setattr("pretend.watchers", [*watchers, cuda.operation])

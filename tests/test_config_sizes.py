@@ -88,11 +88,9 @@ def test_a_plan_from_a_config_alone_refuses_blocks_that_no_model_has():
         f"layout_of(find_preset('llama-7b').config | {{'num_hidden_layers': {HUGE}}})\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert (
-        f"PlanError: the config of this Llama model lacks or garbles a size (ValueError('num_hidden_layers: {HUGE}"
-        in (ended.stderr)
-    )
-    with pytest.raises(PlanError, match="num_hidden_layers"):
+    assert "PlanError: the config of this Llama model" in ended.stderr
+    assert f"num_hidden_layers: {HUGE}; models have" in ended.stderr
+    with pytest.raises(PlanError, match="num_hidden_layers: 1025"):
         layout_of(find_preset("llama-7b").config | {"num_hidden_layers": MOST_BLOCKS + 1})
 
 

@@ -42,7 +42,7 @@ def test_stage_bytes_are_those_of_the_real_stage(kind, tied):
 @pytest.mark.parametrize("kind", sorted(SIZES))
 def test_stage_bytes_of_a_float32_model_count_the_tables_that_stay_16_bit(kind, tied, int8_head, tmp_path):
     found = find_model(save_tiny(kind, tied, tmp_path), Int8Config(int8_head=int8_head))
-    layout = found.spec.sizes
+    layout = found.spec.known_layout
     for first, last in ((0, 1), (1, len(layout.blocks))):
         skeleton = skeleton_of(found.checkpoint, found.spec, "float32")
         stage = stage_of(skeleton, layout, first, last)

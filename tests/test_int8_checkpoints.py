@@ -399,7 +399,7 @@ def test_a_layout_knows_from_an_int8_checkpoints_config_whether_its_head_is_int8
     found = find_model(to_int8(source, tmp_path / "int8", settings))
     skeleton = skeleton_of(found.checkpoint, found.spec, "float16")
     real = sum(slot.nbytes for slot in skeleton.slots.values())
-    assert layout_of(found.spec.config).weight_bytes(2) == found.spec.sizes.weight_bytes(2) == real
+    assert layout_of(found.spec.config).weight_bytes(2) == found.spec.known_layout.weight_bytes(2) == real
     assert layout_of(found.spec.config) == layout_of(tiny_config(kind, tied).to_dict(), settings)
 
 

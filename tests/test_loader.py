@@ -12,10 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bigint8 import CheckpointError, Int8Config, Int8Linear, PlanError, load_sharded_int8, make_int8_linear
 from bigint8.checkpoint.headers import open_checkpoint
-from bigint8.load.device_map import follow_devices
 from bigint8.model.layers import Linear16bit, is_linear
 from bigint8.model.skeleton import Skeleton, Slot, keep_16bit_tables
-from bigint8.plan.plan import DeviceMap
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
 
@@ -234,21 +232,6 @@ def test_modules_on_disk_are_mapped_files_and_compute_the_same(tmp_path):
     del model, layer
     gc.collect()
     assert not folder.exists()
-
-
-def test_inputs_follow_modules_over_devices(tmp_path):
-    """ "cpu" and "cpu:0" are one place with two names: enough to see that each module's inputs are sent where it is."""
-    save_tiny("llama", True, tmp_path)
-    model = load(tmp_path)
-    expected = greedy(model)
-    devices = DeviceMap({"": "cpu", "model.layers.1": "cpu:0"})
-    follow_devices(model, devices, devices.__getitem__)
-    assert torch.equal(greedy(model), expected)
-    hooked = {name: module for name, module in model.named_modules() if name and hasattr(module, "_hf_hook")}
-    blocks = [f"model.layers.{i}" for i in range(5)]
-    assert set(hooked) == {"model.embed_tokens", *blocks, "model.norm", "model.rotary_emb", "lm_head"}
-    for name, module in hooked.items():
-        assert module._hf_hook.execution_device == ("cpu:0" if name == "model.layers.1" else "cpu"), name
 
 
 def test_what_does_not_fit_spills_to_the_offload_folder(tmp_path):

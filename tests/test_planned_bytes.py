@@ -1,13 +1,16 @@
 """What a plan says is what a load does: the same bytes, through every entry, for every family and setting."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from folders import replace as replace_tensor
 from tiny import SIZES, save_tiny
+from transformers import AutoConfig
 
-from bigint8 import BigInt8Error, Int8Config, PlanError, Workload, load_sharded_int8
+from bigint8 import BigInt8Error, CheckpointError, Int8Config, PlanError, Workload, load_sharded_int8
+from bigint8.families.table import layout_of
 from bigint8.launch import LaunchFlags, _plan_only
 from bigint8.options import Access
 from bigint8.plan.cut import make_plan
@@ -140,3 +143,43 @@ def test_a_sliding_window_leaves_no_room_for_more_sequences(tmp_path):
 def test_less_than_one_of_anything_is_no_workload(values):
     with pytest.raises(PlanError, match="at least 1"):
         Workload(**values)
+
+
+# --- what config.json leaves out ---
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "opt", "bloom", "gpt_neox", "gpt2", "phi"]
+)
+def test_a_key_that_config_json_lacks_counts_as_transformers_takes_it(model_type):
+    """But for the sizes that make a model: these are asked for."""
+    full = AutoConfig.for_model(model_type).to_dict()
+    full.pop("layer_types", None)
+    expected, refused = layout_of(full).sizes, []
+    for key in full:
+        try:
+            assert layout_of({name: value for name, value in full.items() if name != key}).sizes == expected, key
+        except (PlanError, KeyError):
+            refused.append(key)
+    assert set(refused) <= {
+        "model_type", "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer"
+    } and "model_type" in refused  # fmt: skip
+
+
+def test_a_load_that_takes_other_bytes_than_planned_is_refused_before_it_reads(tmp_path):
+    save_tiny("llama", False, tmp_path)
+    found = find_model(tmp_path)
+    plan = make_plan(found.spec, devices(1), found.spec.workload())
+    wrong = replace(plan, stages=(replace(plan.stages[0], weight_bytes=1000),))
+    with pytest.raises(PlanError, match="stage 0 was planned with 1,000 bytes"):
+        RunningStage(wrong, 0, "cpu", lambda done, total: None)
+
+
+def test_a_tensor_that_no_stage_has_is_refused_by_name(tmp_path):
+    save_tiny("llama", False, tmp_path)
+    found = find_model(tmp_path)
+    plan = make_plan(found.spec, devices(1), found.spec.workload())
+    modules = tuple(name for name in plan.stages[0].modules if name != "model.norm")
+    wrong = replace(plan, stages=(replace(plan.stages[0], modules=modules),))
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is in no stage"):
+        RunningStage(wrong, 0, "cpu", lambda done, total: None)

@@ -84,7 +84,7 @@ def test_opt_175b_fits_eight_3090s_with_every_block_on_a_gpu():
     plan = make_plan(preset("opt-175b"), preset_gpus("rtx-3090", 8), Workload())
     assert [stage.last_block - stage.first_block for stage in plan.stages] == [12] * 8
     assert all(stage.headroom_bytes > 0 for stage in plan.stages)
-    assert sum(stage.weight_bytes for stage in plan.stages) == plan.spec.sizes.weight_bytes(2)
+    assert sum(stage.weight_bytes for stage in plan.stages) == plan.spec.known_layout.weight_bytes(2)
     assert sum(stage.kv_bytes for stage in plan.stages) == 2 * 96 * 12288 * 2048 * 2
 
 

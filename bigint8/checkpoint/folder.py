@@ -21,10 +21,10 @@ def absolute(folder: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def new_checkpoint_folder(folder: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
-    """A folder to write into, beside the one that is wanted, which it becomes when the block ends without an error.
+    """A folder to write into, beside the wanted one. It takes that name when the block ends without an error.
 
-    After an error it is removed. One that a killed process left is removed by the next save to the same place. Raises
-    CheckpointError for a place that is taken, unless it is a checkpoint that may be overwritten, and a full disk.
+    After an error it is removed. If the process is killed, the next save to the same place removes it. Raises
+    CheckpointError for a full disk, and for a place that is taken, unless a checkpoint is there and `overwrite` is set.
     """
     check_target(folder, overwrite)
     partial = folder.parent / f".{folder.name}.partial"

@@ -79,7 +79,7 @@ class Checkpoint:
 
     @cached_property
     def stored_dtype(self) -> str:
-        """The float format that most of the bytes are stored in, as torch names it; of an int8 checkpoint, of the rest.
+        """The float format of most of the bytes, by torch's name. int8 weights and their scales do not count.
 
         Raises CheckpointError for a checkpoint without such tensors.
         """
@@ -173,10 +173,17 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
     if pickles:
         raise CheckpointError(
             f"{folder}: only pickle weights ({pickles[0]}{', ...' if len(pickles) > 1 else ''}), which run code when "
-            'opened and are never opened here. If you trust them, convert once: python -c "from transformers import '
-            f"AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\""
+            f"opened and are never opened here. If you trust them, convert once: {how_to_convert(folder)}"
         )
     raise CheckpointError(f"{folder}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def how_to_convert(model: object) -> str:
+    """The command that turns pickles, of a folder or a hub id, into safetensors."""
+    return (
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{model}', dtype='auto').save_pretrained('NEW_FOLDER')\""
+    )
 
 
 def _read_indexed(folder: Path) -> dict[str, TensorInfo]:

@@ -1,8 +1,8 @@
 """The int8 layout on disk, which is that of bitsandbytes, so that each can read what the other wrote.
 
-An int8 layer is three tensors: `weight` int8 (out_features, in_features), whatever way round the original was; `SCB`
-float32 (out_features,), the absmax of each row, which is 127 times its scale; and `weight_format`, a uint8 that is 0
-for rows as they are. config.json says so under `quantization_config`.
+An int8 layer is three tensors: `weight` int8 (out_features, in_features), also where the original is transposed; `SCB`
+float32 (out_features,), the absmax of each row, which is 127 times its scale; and `weight_format`, a uint8: 0 means
+that values are in plain row order. config.json says so under `quantization_config`.
 Source: bitsandbytes, `Linear8bitLt._save_to_state_dict`; transformers, `BitsAndBytesConfig`.
 """
 

@@ -1,7 +1,7 @@
 """Sizes that a config names, held against the tensors that the checkpoint has, before any module is built from them.
 
-A config from a stranger may name 10^9 layers or heads. transformers would build them one by one, for hours and out of
-all memory. What a checkpoint has no tensors for is refused by name.
+A config from a stranger may name 10^9 layers or heads. transformers would build them one by one, which takes hours and
+all memory. A size that the checkpoint has no tensors for is refused, by name.
 """
 
 import re
@@ -12,13 +12,13 @@ from typing import Any
 from ..errors import CheckpointError
 
 FEW_MODULES = 64
-"""So many blocks or experts are built at once, whatever the checkpoint has: that they are missing is told by name."""
+"""Up to this many blocks or experts are always allowed: they are built quickly, and missing tensors are named then."""
 
 WIDE = 2**16
-"""Sizes up to this take no time: there are no tensors of that size yet, only shapes."""
+"""Widths up to this are always allowed: on the meta device they cost nothing."""
 
 LONG = 2**24
-"""Positions up to this are believed without a tensor of that size: the longest models take 10 million tokens."""
+"""Positions up to this are always allowed: the longest models take 10 million tokens."""
 
 COUNTS = re.compile(r"layers?$|depths?$|experts")
 POSITIONS = re.compile(r"position|n_ctx|seq_?len|context_length|window")
@@ -26,7 +26,7 @@ WIDTHS = re.compile(
     r"hidden_size|n_embd|n_embed|d_model|_dim$|^dim$|intermediate|ffn|n_inner|head|vocab|d_ff|d_kv|rank$|_size$|groups$"
 )
 NO_MODULES = {"max_window_layers", "num_experts_per_tok", "experts_per_token"}
-"""Keys that look like a number of modules and are none."""
+"""Keys that match COUNTS but count no modules."""
 
 
 def check_sizes(file: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:

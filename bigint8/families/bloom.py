@@ -5,7 +5,10 @@ from .layout import Config, Family, Linear, Sizes, first_set
 
 def sizes(config: Config) -> Sizes:
     """The sizes from config.json."""
-    h, heads = first_set(config, "hidden_size", "n_embed"), first_set(config, "n_head", "num_attention_heads")
+    h, heads = (
+        first_set(config, "hidden_size", "n_embed"),
+        first_set(config, "n_head", "num_attention_heads", default=8),
+    )
     blocks = first_set(config, "num_hidden_layers", "n_layer")
     return Sizes(
         blocks=blocks,

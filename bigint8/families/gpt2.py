@@ -5,7 +5,10 @@ from .layout import Config, Family, Linear, Sizes, first_set
 
 def sizes(config: Config) -> Sizes:
     """The sizes from config.json."""
-    h, heads = first_set(config, "n_embd", "hidden_size"), first_set(config, "n_head", "num_attention_heads")
+    h, heads = (
+        first_set(config, "n_embd", "hidden_size"),
+        first_set(config, "n_head", "num_attention_heads", default=12),
+    )
     f = first_set(config, "n_inner", default=4 * h)
     positions = first_set(config, "n_positions", "max_position_embeddings", default=1024)
     return Sizes(

@@ -5,8 +5,8 @@ from .layout import Config, Family, Linear, Sizes
 
 def sizes(config: Config) -> Sizes:
     """The sizes from config.json."""
-    h, f, bias = config["hidden_size"], config["intermediate_size"], config.get("attention_bias", True)
-    heads = config["num_attention_heads"]
+    h, f, bias = config["hidden_size"], config.get("intermediate_size", 24576), config.get("attention_bias", True)
+    heads = config.get("num_attention_heads", 64)
     return Sizes(
         blocks=config["num_hidden_layers"],
         linears=(
@@ -22,7 +22,7 @@ def sizes(config: Config) -> Sizes:
         kv_values=2 * heads * (h // heads),
         widest=f,
         final_norm_values=2 * h,
-        max_context=config.get("max_position_embeddings"),
+        max_context=config.get("max_position_embeddings", 2048),
     )
 
 

@@ -55,9 +55,9 @@ class Linear:
 class Sizes:
     """What a config says of a model, before it is decided which linear layers are int8.
 
-    linears, norm_values: of one block, the linear layers and the values besides
-    width: of the token embeddings; where it is not `hidden`, two projections lead there and back
-    position_values, embedding_norm_values, final_norm_values: of these modules, None where there is none
+    linears, norm_values: the linear layers of one block, and how many other values it has
+    width: columns of the token embeddings; if not `hidden`, `project_in` and `project_out` convert between the two
+    position_values, embedding_norm_values, final_norm_values: values of each module, None if the model lacks it
     kv_values: keys and values of a token in one block; windows: each block's sliding window in tokens, None where it
         attends to all; widest: outputs of the widest layer
     eager_heads: heads whose attention scores are written out, 0 where attention is fused
@@ -85,7 +85,7 @@ class Sizes:
 class Family:
     """One model family: full module names in its transformers model, and its sizes.
 
-    `old_names` has modules that older checkpoints call otherwise: their names there, and here.
+    `old_names`: from a module's name in older checkpoints to its name here.
     """
 
     name: str
@@ -106,8 +106,10 @@ class Family:
         return f"{self.blocks}.{index}"
 
     def module_name(self, stored: str) -> str:
-        """The full name here of what a checkpoint calls `stored`: older ones, and those of the model without its head,
-        lack the first part of the names."""
+        """The full name in the transformers model of what a checkpoint calls `stored`.
+
+        Older checkpoints, and those saved without the head, leave out the first part: `h.0` for `transformer.h.0`.
+        """
         stored = self.old_names.get(stored, stored)
         base = self.blocks.partition(".")[0]
         known = stored == self.head or stored.startswith((f"{base}.", f"{self.head}."))

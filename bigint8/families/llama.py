@@ -2,10 +2,28 @@
 
 from .layout import Config, Family, Linear, Sizes, first_set
 
+DEFAULTS: dict[str, Config] = {
+    "llama": {"num_attention_heads": 32, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": {
+        "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 22016, "sliding_window": 4096,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 22016, "sliding_window": 4096,
+        "max_position_embeddings": 32768, "head_dim": 128,
+    },
+}  # fmt: skip
+"""What transformers' config classes take for a key that config.json lacks."""
+
 
 def sizes(config: Config) -> Sizes:
     """The sizes from config.json."""
     kind = config["model_type"]
+    config = {**DEFAULTS[kind], **config}
     h, f, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     kv_heads = first_set(config, "num_key_value_heads", default=heads)
     d = first_set(config, "head_dim", default=h // heads)

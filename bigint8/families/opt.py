@@ -5,7 +5,7 @@ from .layout import Config, Family, Linear, Sizes, first_set
 
 def sizes(config: Config) -> Sizes:
     """The sizes from config.json."""
-    h, f, bias = config["hidden_size"], config["ffn_dim"], config.get("enable_bias", True)
+    h, f, bias = config["hidden_size"], config.get("ffn_dim", 3072), config.get("enable_bias", True)
     norm = 2 * h if config.get("layer_norm_elementwise_affine", True) else 0
     positions = config.get("max_position_embeddings", 2048)
     has_final_norm = config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False)

@@ -5,7 +5,7 @@ from .layout import Config, Family, Linear, Sizes, first_set
 
 def sizes(config: Config) -> Sizes:
     """The sizes from config.json."""
-    h, f, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    h, f, heads = config["hidden_size"], config.get("intermediate_size", 8192), config.get("num_attention_heads", 32)
     kv_heads = first_set(config, "num_key_value_heads", default=heads)
     d = h // heads
     return Sizes(
@@ -26,7 +26,7 @@ def sizes(config: Config) -> Sizes:
         widest=f,
         final_norm_values=2 * h,
         head_bias=True,
-        max_context=config.get("max_position_embeddings"),
+        max_context=config.get("max_position_embeddings", 2048),
     )
 
 

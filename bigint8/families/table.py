@@ -48,8 +48,8 @@ def layout_of(
 ) -> Layout:
     """The modules of a model and their sizes, from its config.json and what is known of its weights.
 
-    stored: the dtype of most of them; where it is a 16-bit one, the token embeddings and the head stay in it
-    checkpoint: their headers, which say it of each tensor, and which layers are int8 already
+    stored: the dtype of most weights; if it is a 16-bit one, the token embeddings and the head stay in it
+    checkpoint: the opened checkpoint; its headers have the dtype of each tensor, and which layers are int8 already
 
     Raises PlanError for an unknown family or a config whose sizes no model has.
     """
@@ -71,9 +71,10 @@ def _choice(family: Family, config: Config, int8: Int8Config, checkpoint: Checkp
     if checkpoint is not None:
         return Int8Choice(int8, family.head, frozenset(map(family.module_name, checkpoint.int8_modules)))
     skips = stored_skips(config)
-    skips = (family.head,) if skips is None else skips  # as bitsandbytes does without a list
-    told = {"skip_modules": skips, "int8_head": bool(int8.int8_head) or family.head not in skips}
-    return Int8Choice(int8.model_copy(update=told), family.head)
+    skips = (family.head,) if skips is None else tuple(family.old_names.get(name, name) for name in skips if name)
+    told = int8.model_copy(update={"skip_modules": skips})  # without a list, bitsandbytes leaves the head out
+    int8_head = bool(int8.int8_head) or not told.skips(family.head, family.head)
+    return Int8Choice(told.model_copy(update={"int8_head": int8_head}), family.head)
 
 
 def _table_formats(family: Family, stored: str | None, checkpoint: Checkpoint | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How loading shows itself: a bar for each worker on a terminal, plain lines elsewhere."""
+"""Progress of loading: a bar for each worker on a terminal, plain lines elsewhere."""
 
 import sys
 import time

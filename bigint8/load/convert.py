@@ -42,8 +42,8 @@ def put_rows(transfer: Transfer, chunk: Chunk, out: Tensor, scale_R: Tensor | No
 
 
 def place_of(transfer: Transfer, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-    """Where a chunk of rows goes in the slot's memory, or in its scales for `Step.SCALES`; the scales of these rows
-    besides, where the slot is int8."""
+    """The memory for these rows: the slot's weight, or its scales for `Step.SCALES`. If the slot is int8, also the
+    memory for the scales of these rows."""
     module = transfer.slot.module
     weight: Tensor = getattr(module, transfer.slot.attribute).data
     rows = slice(None) if transfer.whole else slice(chunk.row_start, chunk.row_stop)
@@ -83,7 +83,7 @@ def too_large(transfer: Transfer, dtype: torch.dtype | None = None) -> Checkpoin
     tensor = transfer.tensor
     return CheckpointError(
         f"{tensor.file}: tensor {tensor.name!r} holds values too large for {dtype or transfer.slot.dtype}; load with "
-        "dtype='float32' or 'bfloat16'"
+        "dtype=float32 or dtype=bfloat16"
     )
 
 

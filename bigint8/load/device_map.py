@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..plan.plan import DeviceMap, Plan, Stage
 from ..plan.spec import ModelSpec, check_workload
 from ..units import FLOAT_BYTES, parse_bytes, readable
 from .fill import LoadReport, fill, move_buffers
+from .follow import follow_devices
 from .intake import OnProgress
 
 Limits = Mapping[int | str, int | str]
@@ -58,34 +59,10 @@ class Placement:
         move_buffers(model, device_of)
         model.hf_device_map = {name: _short(device) for name, device in devices.items()}
         if len({where(device) for device in devices.values()}) > 1:
-            follow_devices(model, devices, device_of)
-        prepare_kernels(model, self.plan.workload.chunk)
+            follow_devices(model, devices, lambda name: where(device_of(name)))
+        workload = self.plan.workload
+        prepare_kernels(model, workload.sequences * min(workload.chunk, workload.context))
         return model, report
-
-
-def follow_devices(model: nn.Module, named: Mapping[str, str], device_of: Callable[[str], str]) -> None:
-    """Send the inputs of each module that the map names to its device, and the model's output to the input's device.
-
-    At the boundary of two devices a block gets more than hidden states: masks, the residual stream inside it, position
-    embeddings. So the hook sits on the block as a whole, and not on the layers in it that own tensors. A module with
-    mapped ones below it is taken apart, down to where all below is on one device.
-    """
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    def above_a_named_one(name: str) -> bool:
-        return any(other != name and (not name or other.startswith(f"{name}.")) for other in named)
-
-    def hook(module: nn.Module, name: str) -> None:
-        apart = above_a_named_one(name)
-        if name and (not apart or module._parameters or module._buffers):
-            device = where(device_of(name))
-            add_hook_to_module(module, AlignDevicesHook(execution_device=device, skip_keys="past_key_values"))
-        if apart:
-            for child, below in module.named_children():
-                hook(below, f"{name}.{child}" if name else child)
-
-    hook(model, "")
-    add_hook_to_module(model, AlignDevicesHook(io_same_device=True, skip_keys="past_key_values"))
 
 
 def prepare_kernels(model: nn.Module, most_rows: int) -> None:
@@ -144,7 +121,7 @@ def _plan(
     spec: ModelSpec, workload: Workload, devices: Sequence[Device], offload_folder: str | os.PathLike[str] | None
 ) -> Plan:
     """Over the GPUs if the model fits there, else also on the CPU and then in files."""
-    gpus = [device for device in devices if device.kind == "cuda"][: len(spec.sizes.blocks)]
+    gpus = [device for device in devices if device.kind == "cuda"][: len(spec.known_layout.blocks)]
     try:
         return make_plan(spec, gpus or devices, workload)
     except PlanError:
@@ -203,6 +180,8 @@ def _place_unknown(
             no_split_module_classes=list(skeleton.model._no_split_modules or []),
         )
         named = {name: _name(device) for name, device in mapping.items()}
+        for target, origin in skeleton.tied.items():  # accelerate sees which parameters are tied, but not which buffers
+            named[target.rpartition(".")[0]] = DeviceMap(named)[origin]
         by_name["disk"] = _device("disk", None)
         _check_map(skeleton, DeviceMap(named))
     return Placement(_as_plan(spec, workload, dtype, skeleton, named, by_name), skeleton, offload_folder)

@@ -12,6 +12,7 @@ from torch import nn
 from ..checkpoint.headers import Checkpoint
 from ..errors import PlanError
 from ..model.skeleton import Skeleton, Slot
+from ..plan.plan import Stage
 from .assign import Step, Transfer
 from .convert import store
 from .gpu import GpuWriter
@@ -76,6 +77,16 @@ def fill(
         byte_ranges=reading.byte_ranges,
         unused=intake.unused,
     )
+
+
+def check_planned_bytes(stage: Stage, slots: Mapping[str, Slot]) -> None:
+    """Raise PlanError if the slots of a stage take other bytes than were planned: a bug here, told before it hurts."""
+    size = sum(slot.nbytes for slot in slots.values())
+    if size != stage.weight_bytes:
+        raise PlanError(
+            f"stage {stage.index} was planned with {stage.weight_bytes:,} bytes of weights, but its modules take "
+            f"{size:,}; please report this with the model's config.json"
+        )
 
 
 class MemorySink:

@@ -72,7 +72,7 @@ class MappedFiles:
 
 
 def _map_file(file: Path) -> mmap.mmap:
-    # Private, so that nothing is ever written back; without a reserve, since hardly anything will be written at all.
+    # Private: nothing is written back to the file. No swap is reserved, since hardly anything is written at all.
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)

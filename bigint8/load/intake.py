@@ -16,14 +16,14 @@ from .host_memory import peak_host_bytes
 from .stream import Chunk, RowStream
 
 OnProgress = Callable[[int, int], None]
-"""Called with the bytes that are read and taken so far, and those of all."""
+"""Called with the bytes that are done so far, and with the total."""
 
 
 class Sink(Protocol):
     """Where rows end up."""
 
     def take(self, transfer: Transfer, chunk: Chunk) -> None:
-        """Take a chunk of rows; several threads call this. The chunk's buffer is read into again after it."""
+        """Take a chunk of rows; several threads call this. Afterwards its buffer is reused."""
 
     def finish(self) -> None:
         """All rows are there: wait for what is still being done, and raise what was found on the way."""
@@ -65,10 +65,9 @@ class Intake:
     ) -> Reading:
         """Read the tensors of `transfers`, all by default, in file order, and give their rows to the sink.
 
-        `gpus` says how many GPUs the sink writes to. Where what is read and the `host_bytes` that are made of it take
-        more than half of the host's free memory, it is read past the file cache, which would push out what else it
-        holds and, in the end, its own beginning. Raises what the sink raises, and CheckpointError for a file that ends
-        early.
+        `gpus`: how many GPUs the sink writes to. `host_bytes`: what the sink makes of it in host memory. If the files
+        and these bytes need more than half of the free memory, the files are read past the file cache, or they would
+        push everything else out of it. Raises what the sink raises, and CheckpointError for a file that ends early.
         """
         transfers = self.transfers if transfers is None else transfers
         by_tensor = {transfer.tensor.name: transfer for transfer in transfers}

@@ -15,7 +15,7 @@ from ..checkpoint.headers import Checkpoint
 from ..checkpoint.int8_format import quantization_config
 from ..checkpoint.writer import NewTensor, ShardWriter, int8_tensors
 from ..errors import CheckpointError
-from ..model.layers import Int8Embedding, Int8Linear, is_linear
+from ..model.layers import Int8Embedding, Int8Linear, Linear16bit, is_linear
 from ..model.skeleton import Skeleton, Slot, model_slots
 from ..options import SHARD_BYTES
 from .assign import Transfer
@@ -74,8 +74,8 @@ def _new_tensors(slots: Mapping[str, tuple[Slot, str]]) -> list[NewTensor]:
 
 
 def _int8_config(config: Mapping[str, Any], model: nn.Module, threshold: float) -> dict[str, Any]:
-    """config.json of the int8 checkpoint: what is no int8 layer by now stays in 16-bit."""
-    skipped = [name for name, module in model.named_modules() if is_linear(module)]
+    """config.json of the int8 checkpoint, with the linear layers that are not int8 as skipped."""
+    skipped = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, Linear16bit)]
     return {**config, "quantization_config": quantization_config(threshold, skipped)}
 
 
@@ -122,10 +122,10 @@ class ShardSink:
             self._writer.write_scales(name, scale_R, first_row)
 
     def finish(self) -> None:
-        """Everything is written where it was taken."""
+        """Nothing is left to do: `take` has written it."""
 
     def abort(self) -> None:
-        """Nothing is written after `take`."""
+        """Nothing is still being written: `take` waits."""
 
 
 def rewrite(

@@ -1,4 +1,4 @@
-"""What loading needs and can be had before: the code of the model, and compiled kernels."""
+"""What can be prepared before a load: the model's code, and compiled kernels."""
 
 import contextlib
 import gc
@@ -11,8 +11,8 @@ from ..plan.spec import ModelSpec
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """A block that imports much. Imports make objects by the million, all of which stay: looking for garbage among them
-    is a sixth of the time."""
+    """Turn garbage collection off for a block that imports much. Imports make millions of objects, and all of them
+    stay: looking for garbage among them takes a sixth of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -25,7 +25,8 @@ def importing() -> Iterator[None]:
 def import_model(spec: ModelSpec) -> None:
     """Import transformers' code of the model, as building it would."""
     model_type = spec.config["model_type"]
-    with contextlib.suppress(ImportError):  # another name, or code of its own: that is imported when it is built
+    # the module may have another name, or come with the checkpoint: it is imported when the model is built
+    with contextlib.suppress(Exception):
         importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
 
@@ -38,6 +39,11 @@ def compile_kernels(spec: ModelSpec) -> threading.Thread:
     from bigint8_kernels import compile_cpu_kernels
 
     stored = [getattr(torch, spec.stored)]
-    thread = threading.Thread(target=compile_cpu_kernels, args=(stored,), daemon=True)
+
+    def compile_them() -> None:
+        with contextlib.suppress(Exception):  # whoever needs a kernel meets the error again
+            compile_cpu_kernels(stored)
+
+    thread = threading.Thread(target=compile_them, daemon=True)
     thread.start()
     return thread

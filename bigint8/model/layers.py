@@ -8,6 +8,8 @@ from bigint8_kernels.reference import Activations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..options import DEFAULT_THRESHOLD
+
 
 class KeepsItsDtype(nn.Module):
     """A module of which one buffer, named by `kept`, stays in its dtype under `.half()`, `.float()` and the like.
@@ -46,7 +48,7 @@ class Int8Linear(KeepsItsDtype):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        threshold: float = 6.0,
+        threshold: float = DEFAULT_THRESHOLD,
         activations: Activations = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -183,7 +185,9 @@ def empty_like(
     )
 
 
-def make_int8_linear(linear: nn.Module, threshold: float = 6.0, activations: Activations = "auto") -> Int8Linear:
+def make_int8_linear(
+    linear: nn.Module, threshold: float = DEFAULT_THRESHOLD, activations: Activations = "auto"
+) -> Int8Linear:
     """Quantize one layer, an `nn.Linear` or a transformers `Conv1D`, on the device where it is.
 
     Raises TypeError for another kind of module or dtype, ValueError for NaN or infinite weights.

@@ -19,7 +19,7 @@ from .layers import Embedding16bit, Int8Embedding, Int8Linear, Linear16bit, empt
 from .names import model_names, name_tensors
 
 MOST_BUFFER_BYTES = GIB
-"""Of the buffers that a model computes when it is built: real models have some MiB."""
+"""The most that a model's computed buffers may take: real models have some MiB."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ def skeleton_of(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> Skeleton
 
 
 def _check_buffers(config: Any, access: Access) -> None:
-    """Raise ValueError for a model whose buffers that no checkpoint holds, tables of positions or masks, would be huge.
+    """Raise ValueError if the buffers that no checkpoint holds (tables of positions, masks) would be huge.
 
     They are computed while the model is built; here they are only shapes. The families in the table have none such.
     """

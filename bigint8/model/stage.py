@@ -45,7 +45,7 @@ class StageModel(nn.Module):
         indices = [i for i in range(len(blocks)) if family.block(i) in kept]
         self.is_first = family.embeddings in kept
         self.has_head = family.head in kept
-        self.slots = {name: slot for name, slot in skeleton.slots.items() if _owner(name, family) in kept}
+        self.slots = {name: slot for name, slot in skeleton.slots.items() if owner(name, family) in kept}
         set_module(model, family.blocks, nn.ModuleList(blocks[i] for i in indices))
         _renumber(model.get_submodule(family.blocks))
         _trim_config(model.config, indices)
@@ -83,7 +83,7 @@ class StageModel(nn.Module):
         return cast(Tensor, self.lm_head(hidden))
 
 
-def _owner(name: str, family: Family) -> str:
+def owner(name: str, family: Family) -> str:
     """The module of a plan that a tensor belongs to: its block, or the module that holds it."""
     if name.startswith(f"{family.blocks}."):
         return family.block(int(name[len(family.blocks) + 1 :].partition(".")[0]))

@@ -20,7 +20,7 @@ SPARE = 0.01
 """Share of a device that a plan leaves free where it can: the workspace is an estimate."""
 
 INT8_HEAD_NOTE = (
-    "the output head, and the embeddings if tied to it, are int8: the model does not fit, or barely, otherwise"
+    "the output head, and embeddings tied to it, are int8: otherwise the model would not fit, or only barely"
 )
 
 
@@ -32,7 +32,7 @@ def make_plan(spec: ModelSpec, devices: Sequence[Device], workload: Workload) ->
     model's.
     """
     check_workload(spec, workload)
-    blocks = len(spec.sizes.blocks)
+    blocks = len(spec.known_layout.blocks)
     if not devices:
         raise PlanError("no devices to place the model on")
     if len(devices) > blocks:
@@ -50,7 +50,7 @@ def make_plan(spec: ModelSpec, devices: Sequence[Device], workload: Workload) ->
 
 def fewest_devices(spec: ModelSpec, device: Device, workload: Workload) -> int:
     """How many devices like this one the model needs at least. Raises PlanError if no number is enough."""
-    return len(fill_in_order(spec, [device] * len(spec.sizes.blocks), workload).stages)
+    return len(fill_in_order(spec, [device] * len(spec.known_layout.blocks), workload).stages)
 
 
 def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload, fast: int | None = None) -> Plan:
@@ -101,7 +101,7 @@ class _Draft:
 
     def __init__(self, spec: ModelSpec, workload: Workload, dtype: str) -> None:
         self.spec, self.workload, self.dtype = spec, workload, dtype
-        self.layout, self._size = spec.sizes, FLOAT_BYTES[dtype]
+        self.layout, self._size = spec.known_layout, FLOAT_BYTES[dtype]
         self._workspace = workspace_bytes(self.layout, workload, self._size)
         blocks = range(len(self.layout.blocks))
         context, sequences = workload.context, workload.sequences
@@ -157,7 +157,7 @@ class _Draft:
         return cuts[::-1]
 
     def fill(self, devices: Sequence[Device]) -> list[Stage] | None:
-        """Stages that fill each device before the next, so on the fewest equal ones; None if the blocks do not fit."""
+        """Stages that fill each device before the next, on the fewest of equal devices. None if it does not fit."""
         blocks, at = len(self.layout.blocks), 0
         stages: list[Stage] = []
         for device in devices:
@@ -182,7 +182,7 @@ def _does_not_fit(plan: Plan, devices: Sequence[Device]) -> str:
     there = sum(device.usable_bytes for device in devices)
     helps = []
     if len({(d.model, d.usable_bytes) for d in devices}) == 1 and devices[0].kind == "cuda":
-        alike = [devices[0]] * len(plan.spec.sizes.blocks)
+        alike = [devices[0]] * len(plan.spec.known_layout.blocks)
         stages = _Draft(plan.spec.with_int8_head() or plan.spec, plan.workload, plan.dtype).fill(alike)
         if stages:
             helps.append(f"{len(stages)} such devices")

@@ -22,7 +22,7 @@ SLACK_BYTES = 256 * MIB
 """Held back on each GPU for cuBLAS workspaces and for what torch's allocator cannot hand out."""
 
 HOST_RESERVE_BYTES = GIB
-"""Held back of the host's memory for Python, its libraries and the rest of the machine."""
+"""Held back of the host's memory, for each process: for Python, its libraries and the rest of the machine."""
 
 
 SPINS = "2000"
@@ -86,8 +86,8 @@ def cuda_devices() -> list[Device]:
 
 
 def cpu_device(share: int = 1) -> Device:
-    """The CPU, or one of `share` equal shares of its memory."""
-    usable = max(0, available_memory() - HOST_RESERVE_BYTES) // share
+    """The CPU, or one of `share` equal shares of its memory; each is for a process of its own, with its libraries."""
+    usable = max(0, available_memory() // share - HOST_RESERVE_BYTES)
     return Device("cpu", _cpu_model(), usable, "bfloat16" if _cpu_has_bf16() else None)
 
 
@@ -129,7 +129,8 @@ def find_devices(kind: DeviceKind = "auto", count: int | None = None) -> tuple[l
     gpus = [] if kind == "cpu" else cuda_devices()
     if gpus:
         if count is not None and count > len(gpus):
-            raise BigInt8Error(f"gpus={count}: this machine has {len(gpus)}; name at most that many")
+            there = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}"
+            raise BigInt8Error(f"gpus={count}: this machine has {there}; ask for at most that many")
         return gpus[:count], None
     if kind == "cuda":
         raise BigInt8Error("device=cuda: no CUDA GPU was found on this machine; device=cpu runs on the CPU")

@@ -5,11 +5,11 @@ from ..options import Workload
 from ..units import MIB
 
 HOST_BUFFER_BYTES = 2 * MIB
-"""Of one staging buffer for the CPU: two of them stay in its last cache while their rows are quantized."""
+"""Size of a staging buffer for the CPU. Two of them fit in its last cache, where their rows are quantized."""
 
 GPU_BUFFER_BYTES = 16 * MIB - 2**14
-"""Of one staging buffer for a GPU: large enough that a copy runs at the speed of the bus. Page-locked memory is handed
-out in powers of two, so it stays below one, with room for what a read begins and ends with besides."""
+"""Size of a staging buffer for a GPU: large enough that a copy runs at the speed of the bus. torch hands out
+page-locked memory in powers of two. So the size stays 16 KiB below one, because reads are padded to whole pages."""
 
 GPU_READERS = 4
 """Readers, and staging buffers, for each GPU at most: each box may have many."""

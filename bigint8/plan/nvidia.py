@@ -4,6 +4,7 @@ CUDA itself would be asked through a context on each GPU, 300 to 500 MiB that a 
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import sys
@@ -36,29 +37,51 @@ def find_gpus() -> list[Gpu]:
             f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())
         ]
     else:
-        # CUDA sorts by speed unless told otherwise; NVML always sorts by place on the bus
-        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-        wanted = None if os.environ["CUDA_DEVICE_ORDER"] != "PCI_BUS_ID" else _visible()
+        wanted = _visible() if _cuda_counts_as_nvml() else None
     found = _from_nvml(wanted) if wanted != [] else []
     return _from_torch() if found is None else found
+
+
+def _cuda_counts_as_nvml() -> bool:
+    """Whether CUDA numbers the GPUs by their place on the bus, as NVML does. It is told to, unless it is told otherwise.
+
+    By default it begins with the fastest. It reads the setting when it starts, which `torch.cuda.is_available()` does.
+    """
+    if "CUDA_DEVICE_ORDER" not in os.environ:
+        if _cuda_has_started():
+            return False
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    return os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def _cuda_has_started() -> bool:
+    """Whether this process has called cuInit, without calling it."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    not_initialized = 3  # CUDA_ERROR_NOT_INITIALIZED
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != not_initialized)
 
 
 def _visible() -> list[str] | list[int] | None:
     """What CUDA_VISIBLE_DEVICES names: GPUs by number or by the beginning of their id; [-1] where it does not say.
 
-    CUDA leaves out what follows the first number that is no GPU's. None: something that only CUDA understands (MIG).
+    CUDA leaves out what follows the first number that is no GPU's, and shows none where one is named twice. None:
+    something that only CUDA understands (MIG).
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [-1]
     entries = [entry.strip() for entry in named.split(",") if entry.strip()]
     if all(entry.startswith("GPU-") for entry in entries):
-        return entries
+        return entries if len(set(entries)) == len(entries) else []
     try:
         numbers = [int(entry) for entry in entries]
     except ValueError:
         return None
-    return numbers[: next((i for i, number in enumerate(numbers) if number < 0), None)]
+    numbers = numbers[: next((i for i, number in enumerate(numbers) if number < 0), None)]
+    return numbers if len(set(numbers)) == len(numbers) else []
 
 
 def _from_nvml(wanted: list[str] | list[int] | None) -> list[Gpu] | None:
@@ -73,30 +96,51 @@ def _from_nvml(wanted: list[str] | list[int] | None) -> list[Gpu] | None:
         return None
     try:
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        ids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
         if wanted != [-1]:
-            chosen = []
-            for entry in wanted:
-                fits = [
-                    i for i, uuid in enumerate(ids) if entry == i or (isinstance(entry, str) and uuid.startswith(entry))
-                ]
-                if len(fits) != 1:
-                    break
-                chosen.append(handles[fits[0]])
-            handles = chosen
+            handles = _chosen(nvml, handles, wanted)
+        if any(_is_cut(nvml, handle) for handle in handles):
+            return None
         return [_gpu(nvml, handle) for handle in handles]
-    except nvml.NVMLError:
+    except Exception:  # a GPU that is lost or does not answer, an older pynvml without a function
         return None
     finally:
         with contextlib.suppress(nvml.NVMLError):
             nvml.nvmlShutdown()
 
 
+def _chosen(nvml: Any, handles: list[Any], wanted: list[str] | list[int]) -> list[Any]:
+    """The GPUs by number or by the beginning of their id, up to the first that is not there."""
+    ids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    chosen = []
+    for entry in wanted:
+        fits = [i for i, uuid in enumerate(ids) if (uuid.startswith(entry) if isinstance(entry, str) else i == entry)]
+        if len(fits) != 1:
+            break
+        chosen.append(handles[fits[0]])
+    return chosen
+
+
+def _is_cut(nvml: Any, handle: Any) -> bool:
+    """Whether the GPU is cut into instances (MIG), of which CUDA shows one."""
+    try:
+        return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
+    except (nvml.NVMLError, AttributeError):  # most GPUs cannot be, and say so
+        return False
+
+
 def _gpu(nvml: Any, handle: Any) -> Gpu:
-    # the second version of the question tells apart what the driver keeps for itself, which CUDA does not offer
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(_text(nvml.nvmlDeviceGetName(handle)), int(memory.free), (int(capability[0]), int(capability[1])))
+    free = _free_bytes(nvml, handle)
+    return Gpu(_text(nvml.nvmlDeviceGetName(handle)), free, (int(capability[0]), int(capability[1])))
+
+
+def _free_bytes(nvml: Any, handle: Any) -> int:
+    """What is free, without what the driver keeps for itself and CUDA does not offer: NVML's second way to count."""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    except (nvml.NVMLError, AttributeError, TypeError):  # a driver or a pynvml of before 2021
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return int(memory.free)
 
 
 def _text(value: str | bytes) -> str:

@@ -53,7 +53,7 @@ class Plan:
         return {module: stage.device.name for stage in self.stages for module in stage.modules}
 
     def check_room(self, sequences: int, tokens: int) -> None:
-        """Raise BigInt8Error unless so many sequences of so many tokens, these included, have room in the caches.
+        """Raise BigInt8Error unless the caches have room for so many sequences of so many tokens, new ones included.
 
         More sequences than planned are fine while they are short enough to take no more room.
         """

@@ -42,10 +42,10 @@ class ModelSpec:
     @property
     def tied(self) -> bool:
         """Whether the output head is the token embeddings' matrix."""
-        return self.sizes.tied
+        return self.known_layout.tied
 
     @property
-    def sizes(self) -> Layout:
+    def known_layout(self) -> Layout:
         """The layout. Raises PlanError for a family that cannot be cut."""
         if self.layout is None:
             family_of(self.config["model_type"])
@@ -57,12 +57,12 @@ class ModelSpec:
         return Workload.of(context, sequences, self.max_context)
 
     def with_int8_head(self) -> "ModelSpec | None":
-        """This model with its output head in int8, and the embeddings that are tied to it; None where the settings say
-        something else of it, or it is int8 already."""
+        """This model with its output head in int8, and the embeddings that are tied to it; None if the settings
+        decide about the head, or if it is int8 already."""
         if self.int8.int8_head is not None or self.int8.skip_modules is not None:
             return None
-        layout = self.sizes.with_int8_head()
-        if layout == self.sizes:
+        layout = self.known_layout.with_int8_head()
+        if layout == self.known_layout:
             return None
         return replace(self, int8=self.int8.model_copy(update={"int8_head": True}), layout=layout)
 

@@ -31,8 +31,8 @@ def connect(workers: int | None, address: str | None) -> bool:
         if address is not None:
             ray.init(address=address, **quiet)
         else:
-            # The plan has counted the memory: Ray's watchdog would only kill workers where it is nearly full. And the
-            # workers are what this machine is to do, so they run at the priority of the driver.
+            # The plan has counted the memory: Ray's watchdog would only kill workers where it is nearly full. The
+            # workers run at the priority of the driver: they are this machine's main work.
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")
             wait_without_spinning()
@@ -68,7 +68,7 @@ def pick(workers: int | None, device: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _without_monitors() -> Iterator[None]:
-    """A Ray started in here has no autoscaler, since nothing is to scale, and nobody who reads its logs to the driver.
+    """A Ray started in here has no autoscaler and no log monitor: nothing is to scale, and the driver shows no logs.
 
     `ray start` has flags for that, `ray.init` has none. Each is a Python process that takes half a second to start.
     """

@@ -86,7 +86,7 @@ class PipelineCache(Cache):
         return True
 
     def key(self) -> CacheKey:
-        """What the workers need to know of it for a step; once that is through, they have it, and its edits."""
+        """The key for the next step. From that step on the workers keep the sequences, and the edits are done."""
         key = CacheKey(self.id, self.started, tuple(self.edits))
         self.edits, self.started = [], True
         return key
@@ -200,7 +200,8 @@ class PipelineModel(PreTrainedModel, GenerationMixin):
         tokens = inputs.shape[1]
         if tokens <= self.plan.workload.chunk:
             return self.workers.step(inputs, None if cache is None else cache.key(), mask, positions, keep)
-        cache = cache or PipelineCache(self.workers)  # the next chunk needs what this one leaves
+        if cache is None:  # not `or`: a transformers cache without layers of its own counts as empty
+            cache = PipelineCache(self.workers)  # the next chunk needs what this one leaves
         past = (mask.shape[1] if mask is not None else tokens) - tokens
         logits = []
         for chunk in prompt_chunks(tokens, self.plan.workload.chunk, keep):

@@ -91,7 +91,7 @@ class Pipeline:
         self.infos = [infos[i] for i in order]
 
     def _new_worker(self, bundle: int) -> Any:
-        from .worker import Worker  # imports torch, while the cluster starts or finds places
+        from .worker import Worker
 
         actor = ray.remote(concurrency_groups={"control": 1})(Worker).options(
             num_cpus=1,
@@ -161,7 +161,7 @@ class Pipeline:
         keep: "int | Tensor",
     ) -> "Tensor":
         """Token ids (batch, tokens) through all stages: logits (batch, kept tokens, vocabulary)."""
-        from .wire import pack, unpack  # these need torch, which nothing before a step does
+        from .wire import pack, unpack  # needs torch, which nothing before a step needs
 
         if self._plan is None:
             raise WorkerError("no model is loaded on the workers; Pipeline.load comes first")
@@ -227,11 +227,15 @@ class Pipeline:
 
     def close(self) -> None:
         """End the workers; end the cluster, or the connection to it, that this pipeline began."""
-        if ray.is_initialized():
-            for worker in self._workers:
+        workers, group, started = self._workers, self._group, self._started_ray
+        self._workers, self._group, self._plan, self._started_ray = [], None, None, False
+        if not ray.is_initialized():
+            return
+        try:
+            for worker in workers:
                 ray.kill(worker)
-            if self._group is not None:
-                remove_placement_group(self._group)
-            if self._started_ray:
+            if group is not None:
+                remove_placement_group(group)
+        finally:
+            if started:
                 ray.shutdown()
-        self._workers, self._group, self._plan = [], None, None

@@ -7,12 +7,13 @@ import torch
 
 from ..checkpoint.headers import open_checkpoint
 from ..errors import CheckpointError
+from ..families.layout import Family
 from ..families.table import family_of
 from ..load.device_map import prepare_kernels
-from ..load.fill import fill, move_buffers
+from ..load.fill import check_planned_bytes, fill, move_buffers
 from ..load.intake import OnProgress
-from ..model.skeleton import skeleton_of
-from ..model.stage import StageModel
+from ..model.skeleton import Skeleton, skeleton_of
+from ..model.stage import StageModel, owner
 from ..plan.devices import usable_cpus
 from ..plan.plan import Plan
 from .wire import CacheKey, Packed, SequenceLost, pack, unpack
@@ -31,7 +32,10 @@ class RunningStage:
         checkpoint = open_checkpoint(plan.spec.folder, plan.spec.access)
         skeleton = skeleton_of(checkpoint, plan.spec, plan.dtype)
         family = family_of(skeleton.model.config.model_type)
-        self._stage = StageModel(skeleton, family, plan.stages[index].modules)
+        _check_all_placed(plan, skeleton, family)
+        stage = plan.stages[index]
+        self._stage = StageModel(skeleton, family, stage.modules)
+        check_planned_bytes(stage, self._stage.slots)
         self.report = fill(checkpoint, skeleton, self._stage.slots, lambda name: device, on_progress)
         if self._stage.has_head:
             skeleton.tie()
@@ -48,7 +52,7 @@ class RunningStage:
         positions: Packed | None,
         keep: int | Packed | None,
     ) -> Packed:
-        """One step of this stage. `keep`: on the last stage, which tokens' hidden states (and logits) to return."""
+        """One step of this stage. `keep`, on the last stage: the tokens to return hidden states or logits of."""
         hidden = self._stage(
             unpack(inputs, self._device),
             unpack(mask, self._device),
@@ -84,3 +88,14 @@ class RunningStage:
     def kept(self) -> int:
         """How many batches of sequences are kept."""
         return len(self._caches)
+
+
+def _check_all_placed(plan: Plan, skeleton: Skeleton, family: Family) -> None:
+    """Raise CheckpointError for a model that has tensors beside the modules that its family has."""
+    placed = {module for stage in plan.stages for module in stage.modules}
+    for name in skeleton.slots:
+        if owner(name, family) not in placed:
+            raise CheckpointError(
+                f"{plan.spec.folder}: tensor {name!r} is in no stage of the plan: the model is not quite a "
+                f"{family.name} model, and cannot be cut; load it in one process with load_sharded_int8"
+            )

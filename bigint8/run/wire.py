@@ -13,7 +13,7 @@ CacheEdit = tuple[str, Any]
 
 
 class SequenceLost(BigInt8Error):
-    """A worker that was started again is asked to go on with a sequence that its predecessor kept."""
+    """A step continues a sequence that the worker does not have, because it was started again."""
 
 
 @dataclass(frozen=True)

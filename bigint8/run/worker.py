@@ -37,7 +37,7 @@ class Worker:
     """The actor that owns one device."""
 
     def __init__(self, kind: str, spec: ModelSpec | None = None) -> None:
-        """`spec` is that of the model it will load: it begins to import its code, and to compile what it needs."""
+        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels."""
         self._kind = kind
         self._progress = (0, 0)
         self._stage: Any = None

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_config
+from ..checkpoint.folder import CONFIG_FILES
+from ..checkpoint.headers import INDEX_FILE, SINGLE_FILE, how_to_convert, read_config
 from ..errors import CheckpointError, in_one_line
 from ..options import Access
 from .gguf import cache_folder, convert_wheel
 from .presets import ModelPreset, find_preset, preset_names
 
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
+HUB_FILES = [*CONFIG_FILES, "*.safetensors"]
 NOT_HUB_FILES = ["consolidated*", "original/*"]
 """Second copies of the weights, in other layouts."""
 
@@ -44,7 +45,7 @@ class Source:
         how = f"\n{self.preset.how}" if self.preset and self.preset.how else ""
         return CheckpointError(
             f"no weights for {self.name}; looked for them in:{places}{how}\n"
-            "Name a folder that has them: as the model, or beside a preset with checkpoint=DIR"
+            "Give a folder that has them as the model, or keep the preset and add checkpoint=DIR"
         )
 
 
@@ -123,9 +124,7 @@ def _from_hub(source: Source, hub_id: str, revision: str | None, fetch: bool) ->
     if any(fetched.glob("*.safetensors")):
         return fetched
     source.looked.append(
-        f'the hub, {hub_id} (no safetensors files; if you trust its pickles, convert them once: python -c "from '
-        f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{hub_id}', dtype='auto')"
-        ".save_pretrained('NEW_FOLDER')\")"
+        f"the hub, {hub_id} (no safetensors files; if you trust its pickles, convert once: {how_to_convert(hub_id)})"
     )
     return None
 

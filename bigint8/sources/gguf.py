@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from .presets import ModelPreset, WheelSource
 
 SHARD_SIZE = "50MB"
-"""Of the checkpoint that is made: small, so that even a small model streams as shards."""
+"""Size of a shard of the converted checkpoint: small, so that even a small model has several."""
 
 
 def cache_folder() -> Path:

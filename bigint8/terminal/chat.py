@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..errors import BigInt8Error, in_one_line
 from ..options import Access
+from .flags import with_flags
 
 
 class Prompter:
@@ -92,13 +93,13 @@ class Generation:
             try:
                 answer, _ = self._generate([self._fit(turns)], stream=True)
             except BigInt8Error as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {with_flags(str(error))}", file=sys.stderr)
                 turns.pop()
                 continue
             turns.append({"role": "assistant", "content": answer[0]})
 
     def _opening(self, text: str) -> str:
-        """What is printed before an answer: a text that is continued, or a message in a line of its own."""
+        """What is printed before an answer: a chat message on its own line, or the text that the answer continues."""
         return f"> {text}\n" if self._prompter.chats else text
 
     def _generate(self, prompts: list[list[int]], stream: bool) -> tuple[list[str], int]:

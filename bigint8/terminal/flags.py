@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+from rich.console import Console
 
 from ..errors import BigInt8Error
-from ..options import Access, DeviceKind, Dtype, Workload
+from ..options import DEFAULT_CONTEXT, Access, DeviceKind, Dtype, Workload
 from ..plan.cut import fewest_devices
 from ..plan.devices import (
     Device,
@@ -59,7 +60,9 @@ class PlanFlags:
     gpu_type: Annotated[
         str | None, typer.Option(help=f"Plan for GPUs of this kind instead of this machine's: {DEFAULT_GPU_TYPE}, ...")
     ] = None
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence to leave room for (2048).")] = None
+    context: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens of a sequence to leave room for ({DEFAULT_CONTEXT}).")
+    ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 1
     dtype: Annotated[Dtype, typer.Option(help="Of what is not int8.")] = "auto"
 
@@ -67,7 +70,7 @@ class PlanFlags:
         return spec.workload(self.context, self.batch_size)
 
     def devices_to_plan_for(self, spec: ModelSpec, kind: DeviceKind = "auto") -> tuple[list[Device], str | None]:
-        """The devices of a plan that need not be there, and a note that says so."""
+        """The devices to plan for, which need not be on this machine, and a note that says so."""
         if self.gpu_type is None and (kind != "auto" or cuda_devices()):
             return find_devices(kind, self.gpus)
         name = self.gpu_type or DEFAULT_GPU_TYPE
@@ -83,7 +86,7 @@ Flags = TypeVar("Flags")
 
 
 def command(app: typer.Typer, flags: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[[Flags], None]]:
-    """Register a function of one such object as a command of `app`."""
+    """Register a function as a command of `app`. Its one argument is a `flags` object."""
 
     def register(function: Callable[[Flags], None]) -> Callable[[Flags], None]:
         def run(**given: Any) -> None:
@@ -106,6 +109,11 @@ def command(app: typer.Typer, flags: type[Flags]) -> Callable[[Callable[[Flags],
         return function
 
     return register
+
+
+def new_console() -> Console:
+    """Where commands print: as it is, whatever brackets a path may hold."""
+    return Console(highlight=False, markup=False)
 
 
 def new_app() -> typer.Typer:
@@ -142,17 +150,20 @@ PARAMETERS = (
     "address", "batch_size", "checkpoint", "context", "device", "dtype", "gpus", "gpu_type", "int8_head", "overwrite",
     "revision", "trust_remote_code",
 )  # fmt: skip
-"""What the library's errors call parameters, written `name=value` or `name=`, and the commands have as flags."""
+"""Parameters that the library's errors write as `name=value` or `name=`, and that the commands have as flags."""
 
 
 def with_flags(message: str) -> str:
-    """An error of the library as the command line says it: with flags in the place of parameters."""
+    """An error of the library as the command line says it: with flags in the place of parameters.
+
+    A parameter stands by itself, with a plain value or none. Python code and paths stay as they are.
+    """
 
     def flag(found: re.Match[str]) -> str:
         name, value = found[1].replace("_", "-"), found[2]
         return f"--{name}" if value in ("", "True") else f"--{name} {value}"
 
-    return re.sub(rf"\b({'|'.join(PARAMETERS)})=([\w./:-]*\w|)", flag, message)
+    return re.sub(rf"(?<![^\s(])({'|'.join(PARAMETERS)})=([\w.:-]*\w|)(?=[\s,;:.)]|$)", flag, message)
 
 
 def run_command(app: typer.Typer) -> None:
