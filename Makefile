@@ -1,6 +1,6 @@
 # `make demo` and `make test` make a virtual environment, install what they need and run. Python 3.10+ with venv is all
 # that is assumed. TORCH is pinned because an unpinned torch brings several GB of CUDA to machines without a GPU. JOBS
-# processes share the tests; each needs some 2 GB.
+# processes share the tests.
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2

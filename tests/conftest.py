@@ -88,6 +88,9 @@ def threads(request: pytest.FixtureRequest) -> None:
 # --- kernels that compile beside the tests -----------------------------------------------------------------------
 
 
+MOST_SECONDS = 1200
+
+
 class Compilation:
     """`python -m bigint8_kernels.resources`, in a process of its own: in this one, kernels are interpreted.
 
@@ -120,7 +123,9 @@ class Compilation:
 
     def result(self) -> list[dict[str, Any]]:
         """What it reports of every kernel, once it is through."""
+        deadline = time.monotonic() + MOST_SECONDS
         while not self._ended.is_file() or not (code := self._ended.read_text()):
+            assert time.monotonic() < deadline, "the process that compiles has ended without a word, or never will"
             time.sleep(0.2)
         assert code == "0", self._log.read_text()
         found: list[dict[str, Any]] = json.loads(self._report.read_text())
@@ -145,7 +150,7 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["compilation"] = node.config.stash[FOLDER].name
 
 
-def pytest_runtestloop(session: pytest.Session) -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin to compile, in the first process that has tests, if one of them reads compiled kernels."""
     wanted = any(item.path.name == COMPILED_MODULE for item in session.items)
     if wanted and SHARED in (None, "gw0") and not session.config.option.collectonly:
