@@ -92,6 +92,11 @@ class Workload:
                 f"context {self.context}, batch size {self.sequences} and prompt chunk {self.chunk} must be at least 1"
             )
 
+    @property
+    def most_rows(self) -> int:
+        """The most tokens that run at once: a chunk of each sequence's prompt."""
+        return self.sequences * min(self.chunk, self.context)
+
     @classmethod
     def of(cls, context: int | None, sequences: int, longest: int | None) -> Self:
         """The work asked for. Without a `context` it is the default, or the model's `longest` if that is shorter."""

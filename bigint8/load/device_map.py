@@ -53,15 +53,14 @@ class Placement:
         def device_of(name: str) -> str:
             try:
                 return devices[name]
-            except KeyError:  # what lies beside the mapped modules goes where the first of them is
+            except KeyError:  # a module that the map does not cover goes to the first device in it
                 return next(iter(devices.values()))
 
         move_buffers(model, device_of)
         model.hf_device_map = {name: _short(device) for name, device in devices.items()}
         if len({where(device) for device in devices.values()}) > 1:
             follow_devices(model, devices, lambda name: where(device_of(name)))
-        workload = self.plan.workload
-        prepare_kernels(model, workload.sequences * min(workload.chunk, workload.context))
+        prepare_kernels(model, self.plan.workload.most_rows)
         return model, report
 
 
@@ -131,7 +130,7 @@ def _plan(
             spill.append(Device("disk", f"files in {folder}", shutil.disk_usage(folder).free, None))
         if len(spill) == len(gpus or devices):
             raise
-        return fill_in_order(spec, spill, workload, fast=len(gpus) or None)
+        return fill_in_order(spec, spill, workload, fast=len(gpus or devices))
 
 
 def _place_as_told(

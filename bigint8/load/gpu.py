@@ -28,7 +28,7 @@ MOST_CHUNKS = 2 * GPU_READERS
 
 @dataclass(frozen=True)
 class _Count:
-    """Values of a chunk that are not finite: as they came, and as they were stored."""
+    """How many values of a chunk are not finite, as read and as stored: `counts` (2,)."""
 
     transfer: Transfer
     chunk: Chunk

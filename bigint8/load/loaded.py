@@ -22,8 +22,11 @@ def as_loaded(model: Any, plan: Plan, report: LoadReport) -> Any:
 
 @functools.cache
 def _loaded_class(kind: Any) -> Any:
-    """The model's class with another `forward` and `save_int8`. Attributes would not do: one that refers to the model
-    keeps its memory until a garbage collection, and one that does not loses it in `load(path).save_int8(folder)`."""
+    """A subclass of the model's class, with our `forward` and `save_int8`.
+
+    These are not attributes of the model. An attribute that refers to the model would keep its memory until a garbage
+    collection; one with a weak reference would lose the model in `load(path).save_int8(folder)`.
+    """
 
     @functools.wraps(kind.forward)  # transformers reads from its signature what a model takes
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

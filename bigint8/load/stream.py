@@ -32,7 +32,7 @@ from ..units import SAFETENSORS_BITS, TORCH_NAMES
 FEWEST_READERS, MOST_READERS = 2, 16
 
 FEWEST_DIRECT_READERS = 4
-"""A disk without a cache before it has longer to answer: while some wait for it, others work."""
+"""Reads past the file cache wait longer for the disk: with more readers, some work while others wait."""
 
 DIRECT_ALIGNMENT = 4096
 """Places in the file, sizes and addresses of reads past the file cache are multiples of this."""
@@ -128,8 +128,8 @@ class RowStream:
     readers: threads, each of which reads a chunk into its own buffer and then works on it there; that way a chunk is
         still in the cache when it is worked on, and reading and working overlap
     gpus: how many GPUs the rows go to; for them the staging buffers are larger, and in page-locked memory
-    direct: read past the system's file cache what is not in it, where the file system can: for files that it could not
-        keep until they are read again
+    direct: read past the system's file cache what is not in it yet, if the file system can; for files that are too
+        large to stay in the cache
 
     Memory: one buffer for each reader, of the largest read that came its way. `bytes_read` counts what was read and
     worked on so far.
@@ -228,8 +228,8 @@ class _File:
             self._pages.close()
 
     def read(self, read: Read, buffer: Tensor) -> Tensor:
-        """The bytes of a read, as a view of the buffer. They lie as far behind the beginning of a page as in the file
-        behind the beginning of a block, as reads past the cache want it.
+        """The bytes of a read, as a view of the buffer. They have the same offset
+        within a page in memory as in the file: reads past the cache need that.
 
         Raises CheckpointError if the file ends before them or cannot be read.
         """
@@ -248,7 +248,7 @@ class _File:
         return buffer[lead : lead + read.stop - read.start]
 
     def _read_direct(self, memory: memoryview, at: int, read: Read) -> int:
-        """Read past the cache, from `at` on. Returns where that ended: at the end, or at `at` if the system cannot."""
+        """Read past the cache, from `at` on. Returns the position it reached, `at` if the system cannot."""
         origin = read.start - read.start % DIRECT_ALIGNMENT
         while at < read.stop and self._direct is not None:
             start = at - at % DIRECT_ALIGNMENT

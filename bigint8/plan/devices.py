@@ -97,11 +97,11 @@ def usable_cpus() -> int:
 
 
 def wait_without_spinning() -> None:
-    """Let OpenMP's threads sleep soon when they wait: in processes that this one starts, and in it before torch comes.
+    """Let waiting OpenMP threads sleep soon, in the processes that this one starts, and here if torch is not imported yet.
 
-    By default they spin for milliseconds. Where somebody else has work for that CPU, the next worker of a pipeline for
-    one, that costs more than the work itself: five times the tokens/s of two workers on two busy CPUs were seen. A
-    person's own setting is kept.
+    By default they spin for milliseconds. If somebody else needs that CPU, such as the next worker of a pipeline, the
+    spinning costs more than the work: without it, two workers on two busy CPUs made five times the tokens/s. A setting
+    that is there already is kept.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 

@@ -40,7 +40,7 @@ class RunningStage:
         if self._stage.has_head:
             skeleton.tie()
         move_buffers(self._stage, lambda name: device)
-        prepare_kernels(self._stage, plan.workload.chunk)
+        prepare_kernels(self._stage, plan.workload.most_rows)
         self._stage.eval()
 
     @torch.inference_mode()
