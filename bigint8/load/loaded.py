@@ -62,6 +62,7 @@ def _can_be_cut(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and kwargs.get("past_key_values") is not None
         and not any(isinstance(value, Tensor) for name, value in kwargs.items() if name not in CUT)
         and not any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
+        and kwargs.get("return_dict") is not False
         and "logits_to_keep" in kwargs
         and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
         and (positions is None or positions.ndim == 2)

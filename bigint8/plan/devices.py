@@ -97,7 +97,7 @@ def usable_cpus() -> int:
 
 
 def wait_without_spinning() -> None:
-    """Let waiting OpenMP threads sleep soon, in the processes that this one starts, and here if torch is not imported yet.
+    """Let waiting OpenMP threads sleep soon: in processes that this one starts, and here if torch is not imported yet.
 
     By default they spin for milliseconds. If somebody else needs that CPU, such as the next worker of a pipeline, the
     spinning costs more than the work: without it, two workers on two busy CPUs made five times the tokens/s. A setting
