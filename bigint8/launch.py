@@ -25,7 +25,6 @@ from .terminal.flags import (
     new_app,
     new_console,
     run_command,
-    unwind_on_sigterm,
     write_json,
 )
 from .terminal.tables import print_plan, print_summary
@@ -91,14 +90,12 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
     started = time.perf_counter()
     cluster = Cluster(flags.device, flags.address)
     with ModelPipeline(found, flags.gpus, flags.workload(found.spec), cluster) as pipeline:
-        unwind_on_sigterm()  # again: Ray, if it is there by now, has put a handler in its place that aborts
         if pipeline.note:
             console.print(pipeline.note)
         print_plan(console, pipeline.plan)
         planned = pipeline.plan
 
         prompter = _prompter_while(pipeline.start, found, flags.raw)
-        unwind_on_sigterm()
         if pipeline.plan is not planned:
             console.print(pipeline.note)
             print_plan(console, pipeline.plan)

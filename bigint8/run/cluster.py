@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,14 +31,15 @@ def connect(workers: int | None, address: str | None) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is not None:
-            ray.init(address=address, **quiet)
+            with _sigterm_as_it_was():
+                ray.init(address=address, **quiet)
         else:
             # The plan has counted the memory: Ray's watchdog would only kill workers where it is nearly full. The
             # workers run at the priority of the driver: they are this machine's main work.
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")
             wait_without_spinning()
-            with _loopback_only(), _without_monitors():
+            with _loopback_only(), _without_monitors(), _sigterm_as_it_was():
                 ray.init(
                     address="local",
                     num_cpus=workers or 1,
@@ -64,6 +67,17 @@ def pick(workers: int | None, device: str) -> tuple[str, int]:
     if kind == "cpu" and cpus < workers:
         raise WorkerError(f"gpus={workers}: the cluster has {cpus} CPUs for CPU workers; name at most that many")
     return kind, workers
+
+
+@contextlib.contextmanager
+def _sigterm_as_it_was() -> Iterator[None]:
+    """A Ray started in here leaves SIGTERM to this process, which may unwind: Ray's own handler aborts."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager
