@@ -94,14 +94,17 @@ MOST_SECONDS = 1200
 class Compilation:
     """`python -m bigint8_kernels.resources`, in a process of its own: in this one, kernels are interpreted.
 
-    Of several processes that share the tests one runs it; they know of each other by the folder.
+    Where several processes share the tests, their parent runs it, and they know of it by the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, collect_only: bool) -> None:
+        self._collect_only = collect_only
         self._report, self._log, self._ended = folder / "resources.json", folder / "log.txt", folder / "exit-code.txt"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        if self._process is not None or self._collect_only:
+            return
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(self._report.parent)
         command = [sys.executable, "-m", "bigint8_kernels.resources", "--json", str(self._report)]
@@ -142,7 +145,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if there is None:
         config.stash[FOLDER] = tempfile.TemporaryDirectory(prefix="bigint8-triton-")
         there = config.stash[FOLDER].name
-    config.stash[COMPILATION] = Compilation(Path(there))
+    config.stash[COMPILATION] = Compilation(Path(there), config.option.collectonly)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -151,10 +154,15 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin to compile, in the first process that has tests, if one of them reads compiled kernels."""
-    wanted = any(item.path.name == COMPILED_MODULE for item in session.items)
-    if wanted and SHARED in (None, "gw0") and not session.config.option.collectonly:
+    """Begin to compile if a test reads compiled kernels; where processes share the tests, that is for their parent."""
+    if SHARED is None and any(item.path.name == COMPILED_MODULE for item in session.items):
         session.config.stash[COMPILATION].start()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    if any(COMPILED_MODULE in nodeid for nodeid in ids):
+        node.config.stash[COMPILATION].start()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -232,7 +232,7 @@ def test_value_too_large_for_the_dtype_is_refused_with_one_that_holds_it(copy: P
     assert str(shard_of(copy, name)) in message
     assert repr(name) in message
     assert "too large for torch.float16" in message
-    assert "dtype='float32' or 'bfloat16'" in message
+    assert "dtype=float32 or dtype=bfloat16" in message
     load_sharded_int8(copy, dtype="float32", progress=False)
     load_sharded_int8(copy, dtype="bfloat16", progress=False)
 

@@ -182,6 +182,12 @@ def test_a_folder_that_is_not_there_ends_a_check_with_2(run, tmp_path):
     assert_refused(run(bigint8.check, tmp_path / "nowhere"), str(tmp_path / "nowhere"))
 
 
+def test_code_that_a_checkpoint_brings_is_not_run_and_the_flag_that_allows_it_is_named(run, copy):
+    set_config(copy, model_type="fancy-new-model", auto_map={"AutoConfig": "configuration_fancy.FancyConfig"})
+    (copy / "configuration_fancy.py").write_text("raise SystemExit('it ran')\n")
+    assert_refused(run(bigint8.check, copy), str(copy / "config.json"), "'fancy-new-model'", "--trust-remote-code")
+
+
 def test_a_value_that_a_dtype_cannot_hold_is_found_for_that_dtype(run, copy):
     replace(copy, NORM, lambda norm: norm.float().index_fill(0, torch.tensor([7]), 1e6))
     assert_refused(run(bigint8.check, copy), NORM, "bfloat16")

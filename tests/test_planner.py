@@ -11,7 +11,7 @@ from bigint8.errors import BigInt8Error, PlanError
 from bigint8.families.layout import Layout, Module, Part, Sizes
 from bigint8.options import Access, Int8Config, Workload
 from bigint8.plan.cut import fewest_devices, fill_in_order, make_plan
-from bigint8.plan.devices import Device, find_devices, gpu_presets, pick_dtype, preset_gpus
+from bigint8.plan.devices import HOST_RESERVE_BYTES, Device, find_devices, gpu_presets, pick_dtype, preset_gpus
 from bigint8.plan.spec import ModelSpec, spec_of
 from bigint8.sources.find import find_source
 
@@ -161,11 +161,12 @@ def test_a_plan_is_plain_data():
     assert plain["stages"][0]["device"]["name"] == "cuda:0"
 
 
-def test_cpu_workers_share_the_memory_of_the_machine():
+def test_cpu_workers_share_the_memory_of_the_machine_and_each_keeps_some_for_itself(monkeypatch):
+    monkeypatch.setattr("bigint8.plan.devices.available_memory", lambda: 9 * 10**9)
     one, _ = find_devices("cpu", 1)
     three, _ = find_devices("cpu", 3)
-    assert len(three) == 3
-    assert three[0].usable_bytes == pytest.approx(one[0].usable_bytes / 3, rel=0.1)
+    assert [device.usable_bytes for device in one] == [9 * 10**9 - HOST_RESERVE_BYTES]
+    assert [device.usable_bytes for device in three] == [3 * 10**9 - HOST_RESERVE_BYTES] * 3
 
 
 def test_an_unknown_gpu_type_is_told_which_there_are():
