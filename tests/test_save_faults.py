@@ -336,14 +336,6 @@ def test_a_source_that_holds_nan_is_refused_by_name_and_leaves_no_folder(name, s
     assert names_in(tmp_path) == {"source"}
 
 
-def test_a_source_that_is_cut_short_is_refused_and_leaves_no_folder(source, tmp_path):
-    damaged = Path(shutil.copytree(source, tmp_path / "source"))
-    shard = shard_of(damaged, NORM)
-    os.truncate(shard, shard.stat().st_size - 100)
-    assert str(shard) in refusal(to_int8, damaged, tmp_path / "int8")
-    assert names_in(tmp_path) == {"source"}
-
-
 # --- int8 folders that are half there, or of another kind --------------------------------------------------------
 
 
@@ -351,13 +343,6 @@ def test_a_missing_shard_is_refused_by_name(copy):
     shard = shard_of(copy, f"{LAYER}.weight")
     shard.unlink()
     assert shard.name in refusal(load, copy)
-
-
-def test_a_truncated_shard_is_refused_by_name(copy):
-    shard = shard_of(copy, f"{LAYER}.weight")
-    os.truncate(shard, shard.stat().st_size - 1)
-    message = refusal(load, copy)
-    assert str(shard) in message and "truncated" in message
 
 
 def test_a_config_without_weights_is_refused(copy):
