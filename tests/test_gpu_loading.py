@@ -80,8 +80,8 @@ def test_a_gpu_has_no_more_chunks_at_once_than_a_plan_leaves_room_for(cuda, fold
     """In one process, the readers of two GPUs may all be busy with one."""
     monkeypatch.setattr(stream, "usable_cpus", lambda: 64)
     model = load(folder)
-    assert GPU_READERS < cuda.most_under_way <= gpu.MOST_CHUNKS
-    assert workspace_bytes(model.plan.spec.layout, model.plan.workload, 2) >= gpu.MOST_CHUNKS * GPU_BUFFER_BYTES
+    assert GPU_READERS < cuda.most_under_way <= gpu.GPU_CHUNKS
+    assert workspace_bytes(model.plan.spec.layout, model.plan.workload, 2) >= gpu.GPU_CHUNKS * GPU_BUFFER_BYTES
 
 
 def fail_at(monkeypatch, chunk):

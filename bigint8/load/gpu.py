@@ -17,13 +17,10 @@ import torch
 from bigint8_kernels import quantize_rows_counting
 from torch import Tensor
 
-from ..plan.memory import GPU_READERS
+from ..plan.memory import GPU_CHUNKS
 from .assign import Step, Transfer
 from .convert import damaged, place_of, store, too_large
 from .stream import Chunk
-
-MOST_CHUNKS = 2 * GPU_READERS
-"""Chunks that a GPU works on at once: what `plan.memory.workspace_bytes` leaves room for."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class GpuWriter:
                 store(transfer, chunk)
             return
         with self._lock, torch.cuda.device(self._device):
-            if len(self._under_way) == MOST_CHUNKS:
+            if len(self._under_way) == GPU_CHUNKS:
                 self._under_way.popleft().synchronize()
             copied = self._launch(transfer, chunk)
             self._under_way.append(_recorded(self._work))

@@ -14,6 +14,9 @@ page-locked memory in powers of two. So the size stays 16 KiB below one, because
 GPU_READERS = 4
 """Readers, and staging buffers, for each GPU at most: each box may have many."""
 
+GPU_CHUNKS = 2 * GPU_READERS
+"""Chunks that a GPU works on at once while a model is loaded, each in memory of its own there."""
+
 KERNEL_BYTES = 64 * MIB
 """What a product may take besides its result: a slice of the weight in a float format."""
 
@@ -32,7 +35,7 @@ def workspace_bytes(layout: Layout, workload: Workload, dtype_bytes: int) -> int
     growing = max(layout.kv_bytes(b, workload.context, sequences, dtype_bytes) for b in range(len(layout.blocks)))
     scores = sequences * sizes.eager_heads * chunk * workload.context * (2 * dtype_bytes + 4)
     running = activations + growing + scores + sequences * sizes.vocab * 4 + KERNEL_BYTES
-    return max(running, 2 * GPU_READERS * GPU_BUFFER_BYTES)
+    return max(running, GPU_CHUNKS * GPU_BUFFER_BYTES)
 
 
 def kv_bytes(layout: Layout, context: int, sequences: int, dtype_bytes: int) -> int:

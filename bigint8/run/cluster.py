@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray._private import parameter, ray_constants
+from ray._private import node, parameter, ray_constants, utils
 from ray.exceptions import RayError
 
 from ..errors import WorkerError, in_one_line
@@ -39,7 +39,7 @@ def connect(workers: int | None, address: str | None) -> bool:
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")
             wait_without_spinning()
-            with _loopback_only(), _without_monitors(), _sigterm_as_it_was():
+            with _loopback_only(), _without_onlookers(), _sigterm_as_it_was():
                 ray.init(
                     address="local",
                     num_cpus=workers or 1,
@@ -81,17 +81,27 @@ def _sigterm_as_it_was() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_monitors() -> Iterator[None]:
-    """A Ray started in here has no autoscaler and no log monitor: nothing is to scale, and the driver shows no logs.
+def _without_onlookers() -> Iterator[None]:
+    """A Ray started in here runs actors, and nothing that only shows or scales a cluster: no dashboard, no log monitor,
+    no autoscaler, and of the agent on each node the part that has to be there.
 
-    `ray start` has flags for that, `ray.init` has none. Each is a Python process that takes half a second to start.
+    `ray start` has flags for some of that, `ray.init` has none. Each is a Python process that takes half a second to a
+    second of a CPU to start, and workers wait for the agent. What another version of Ray lacks is left as it is.
     """
-    whole = parameter.RayParams
-    parameter.RayParams = functools.partial(whole, no_monitor=True, include_log_monitor=False)
+    instead = (
+        (parameter, "RayParams", functools.partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)),
+        (node.Node, "start_api_server", lambda self, **_: setattr(self, "_webui_url", None)),
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("not needed")),
+    )
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in instead if hasattr(owner, name)]
     try:
+        for owner, name, value in instead:
+            if hasattr(owner, name):
+                setattr(owner, name, value)
         yield
     finally:
-        parameter.RayParams = whole
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from ..errors import WorkerError
 from ..load.warm_up import compile_kernels, import_model, importing
 from ..plan.devices import Device, cpu_device, cuda_devices
 from ..plan.plan import Plan
@@ -48,9 +49,11 @@ class Worker:
         """Where this worker runs, and its device with the memory that is free now."""
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
-        device = cuda_devices()[0] if self._kind == "cuda" else cpu_device()
+        found = cuda_devices() if self._kind == "cuda" else [cpu_device()]
+        if not found:
+            raise WorkerError(f"{socket.gethostname()}: Ray gave GPU {', '.join(gpus)} to a worker, which finds none")
         number = int(gpus[0]) if gpus and gpus[0].isdigit() else 0
-        return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), device, number)
+        return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number)
 
     def load(self, plan: Plan, index: int) -> "LoadReport":
         """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded."""
