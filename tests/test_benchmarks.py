@@ -129,3 +129,13 @@ def test_generate_measures_prefill_and_decode(bench, monkeypatch, tmp_path):
     assert not decode["failed"]
     assert set(decode["medians"]) == set(prefill["medians"]) == {"bigint8", "bigint8 int8_head", "float32"}
     assert "batch 2" in output and decode["ratios"]["float32"] > 0
+
+
+def test_a_start_is_timed_by_what_the_program_says(bench):
+    start = bench("start")
+    says = "import time as t; t.sleep(0.2); print('loaded; sizes', flush=True); t.sleep(0.1); print('[3 tokens in')"
+    seconds = start.timed([sys.executable, "-c", says])
+    assert 0.2 < seconds["to loaded"] < seconds["to the last token"] < seconds["to its end"]
+    assert seconds["tokens"] == pytest.approx(seconds["to the last token"] - seconds["to loaded"])
+    with pytest.raises(RuntimeError, match="no such model"):
+        start.timed([sys.executable, "-c", "import sys; sys.exit('no such model')"])
