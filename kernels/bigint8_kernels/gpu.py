@@ -31,8 +31,9 @@ read, 2 written, 2 read), `int8_gemv` 1 for each 16 rows."""
 
 
 ALIGNMENT = 16
-"""Triton compiles kernels apart for addresses (in bytes) and strides (in values) that are no multiples of this, without
-wide loads. X, which is small, is copied rather than read so, unless its very width is no multiple; so is W's then."""
+"""Triton compiles another kernel, without wide loads, for an address (in bytes) or a stride (in values) that is no
+multiple of this. X is small, so it is copied to an aligned place instead. If the width itself is no multiple, neither
+are the strides of X and W, and that other kernel runs."""
 
 
 @dataclass(frozen=True)
