@@ -92,7 +92,7 @@ def command(app: typer.Typer, flags: type[Flags]) -> Callable[[Callable[[Flags],
         def run(**given: Any) -> None:
             function(flags(**given))
 
-        hints = get_type_hints(flags, include_extras=True)
+        hints, own = get_type_hints(flags, include_extras=True), inspect.get_annotations(flags)
         parameters = [
             inspect.Parameter(
                 field.name,
@@ -100,7 +100,8 @@ def command(app: typer.Typer, flags: type[Flags]) -> Callable[[Callable[[Flags],
                 default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
                 annotation=hints[field.name],
             )
-            for field in dataclasses.fields(flags)  # type: ignore[arg-type]
+            # in the help, a command's own flags stand before those that it shares with others
+            for field in sorted(dataclasses.fields(flags), key=lambda field: field.name not in own)  # type: ignore[arg-type]
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
