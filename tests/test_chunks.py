@@ -203,6 +203,21 @@ def test_a_stage_that_is_lost_in_any_chunk_changes_nothing(models, fails):
     assert len(several.workers.tokens) > 8
 
 
+@pytest.mark.parametrize("keep", [torch.tensor([-1]), torch.tensor([0]), torch.tensor([1, -2])], ids=str)
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_logits_that_are_named_from_either_end_survive_a_lost_stage(models, keep, chunk):
+    """The tokens before these are run again; what is kept is of these alone."""
+    several = staged(models("llama"), chunk)
+    first, more = IDS[:, :10], IDS[:, 10:]
+    with torch.no_grad():
+        whole = several(first, use_cache=True)
+        expected = several(more, past_key_values=whole.past_key_values, logits_to_keep=keep).logits
+        again = several(first, use_cache=True)
+        several.workers.fails = {next(several.workers.steps) + 1}
+        found = several(more, past_key_values=again.past_key_values, logits_to_keep=keep).logits
+    assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4)
+
+
 def test_a_stage_that_is_always_lost_is_an_error_and_the_next_prompt_works(models):
     model = models("llama")
     several = staged(model, 4, range(1, 100, 2))

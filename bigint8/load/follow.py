@@ -14,9 +14,9 @@ def follow_devices(model: nn.Module, named: Mapping[str, str], device_of: Callab
 
     named: devices by module name; device_of: the device of any module, where its computing is done
 
-    At the boundary of two devices a block gets more than hidden states: masks, position embeddings. And it adds to what
-    it gets. So its inputs are sent as a whole, and not those of the layers in it that own tensors. Where the map names
-    modules within a block, these return their results to where their inputs came from.
+    A block gets more than hidden states, such as masks and position embeddings, and it adds its results to its input.
+    So all inputs of a block are sent to its device, before any layer in it runs. If the map names modules within a
+    block, these return their results to where their inputs came from.
 
     The model's own inputs are sent to where its embeddings are, and its output to where these inputs came from.
 

@@ -1,12 +1,11 @@
 """Chunks of rows into a GPU's memory while others are being read: the part of loading that only a GPU can run.
 
-A reader hands over a chunk in page-locked memory. It is copied on the GPU's copy stream; the GPU's work stream, once an
-event says that the bytes are there, quantizes or converts them into their slice of the memory that was allocated up
-front. The reader waits for the copy alone, since it is going to read into that buffer again. Values that no weight has
-are counted on the GPU, for each chunk in a place of its own, and asked for once, at the end.
+A reader hands over a chunk in page-locked memory. The GPU's copy stream copies it. Then the GPU's work stream quantizes
+or converts it, into its slice of the memory that was allocated up front. The reader waits for the copy only, because it
+reads into that buffer again. The GPU counts NaN and infinite values of each chunk; the counts are read at the end.
 
-Loading in one process, all readers may be busy with one GPU. So each GPU takes as many chunks at once as a plan leaves
-room for, and a chunk more waits for the oldest of them.
+In one process all readers may bring chunks to the same GPU. A GPU works on as many at once as a plan leaves room for.
+One more waits until the oldest is done.
 """
 
 import threading

@@ -87,8 +87,13 @@ def cuda_devices() -> list[Device]:
 
 def cpu_device(share: int = 1) -> Device:
     """The CPU, or one of `share` equal shares of its memory; each is for a process of its own, with its libraries."""
-    usable = max(0, available_memory() // share - HOST_RESERVE_BYTES)
+    usable = share_of(max(0, available_memory() - HOST_RESERVE_BYTES), share)
     return Device("cpu", _cpu_model(), usable, "bfloat16" if _cpu_has_bf16() else None)
+
+
+def share_of(usable_bytes: int, share: int) -> int:
+    """What one of `share` processes may use of what a single one might: each needs memory for itself."""
+    return max(0, (usable_bytes + HOST_RESERVE_BYTES) // share - HOST_RESERVE_BYTES)
 
 
 def usable_cpus() -> int:

@@ -43,9 +43,10 @@ def find_gpus() -> list[Gpu]:
 
 
 def _cuda_counts_as_nvml() -> bool:
-    """Whether CUDA numbers the GPUs by their place on the bus, as NVML does. Unless told otherwise, it is told to.
+    """Whether CUDA numbers the GPUs by their place on the bus, as NVML does. If nobody chose an order, this chooses it.
 
-    By default it begins with the fastest. It reads the setting when it starts; `torch.cuda.is_available()` starts it.
+    By default CUDA begins with the fastest GPU. It reads the setting when it starts, for example in
+    `torch.cuda.is_available()`; after that the setting changes nothing.
     """
     if "CUDA_DEVICE_ORDER" not in os.environ:
         if _cuda_has_started():

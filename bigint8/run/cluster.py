@@ -13,7 +13,7 @@ from ray._private import node, parameter, ray_constants, utils
 from ray.exceptions import RayError
 
 from ..errors import WorkerError, in_one_line
-from ..plan.devices import wait_without_spinning
+from ..plan.devices import cuda_devices, wait_without_spinning
 
 OBJECT_STORE_BYTES = 2**30
 """Of a cluster that we start: only hidden states and logits pass through it."""
@@ -42,7 +42,7 @@ def connect(workers: int | None, address: str | None) -> bool:
             with _loopback_only(), _without_onlookers(), _sigterm_as_it_was():
                 ray.init(
                     address="local",
-                    num_cpus=workers or 1,
+                    num_cpus=workers or max(1, len(cuda_devices())),
                     object_store_memory=OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     **quiet,
@@ -82,11 +82,11 @@ def _sigterm_as_it_was() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_onlookers() -> Iterator[None]:
-    """A Ray started in here runs actors, and nothing that only shows or scales a cluster: no dashboard, no log monitor,
-    no autoscaler, and of the agent on each node the part that has to be there.
+    """A Ray started in here has no dashboard, no log monitor and no autoscaler, and a small agent on each node.
 
-    `ray start` has flags for some of that, `ray.init` has none. Each is a Python process that takes half a second to a
-    second of a CPU to start, and workers wait for the agent. What another version of Ray lacks is left as it is.
+    Actors need no more. Each of these is a Python process that takes half a second to a second of a CPU to start, and
+    workers wait for the agent. `ray start` has flags for some of them, `ray.init` for none, so functions of Ray are
+    replaced here. A function that another version of Ray lacks is left out.
     """
     instead = (
         (parameter, "RayParams", functools.partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)),
@@ -108,8 +108,8 @@ def _without_onlookers() -> Iterator[None]:
 def _loopback_only() -> Iterator[None]:
     """A Ray started in here listens on 127.0.0.1 only.
 
-    Ray does that by itself on Windows and macOS, where this variable turns it off; on Linux it replaces a loopback
-    address that it is given by one that others can reach, so the same switch is the only way.
+    On Windows and macOS Ray does so by itself, unless an environment variable tells it to form clusters. On Linux it
+    replaces a loopback address by one that others can reach. To turn the same variable off is the only way there.
     """
     name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False

@@ -176,7 +176,8 @@ class PipelineModel(PreTrainedModel, GenerationMixin):
                     self.workers.restart_dead()
                 if cache is not None and cache.broken:
                     inputs, positions = cache.replay(input_ids, position_ids)
-                    keep = logits_to_keep + past if isinstance(logits_to_keep, Tensor) else keep
+                    if isinstance(logits_to_keep, Tensor):  # negative indices count from the same end as before
+                        keep = torch.where(logits_to_keep < 0, logits_to_keep, logits_to_keep + past)
                 if cache is not None:
                     cache.broken = True  # until the step is through: if it is not, some stages have these tokens
                 logits = self._run(inputs, attention_mask, positions, keep, cache)

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..errors import BigInt8Error, CheckpointError, WorkerDied, WorkerError
 from ..load.bars import LoadProgress
 from ..options import Cluster
-from ..plan.devices import Device
+from ..plan.devices import Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cluster import connect, pick
@@ -46,10 +46,10 @@ class Pipeline:
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         spec: ModelSpec | None = None,
     ) -> None:
-        """Start `workers` actors on the cluster, by default one of their own that listens on loopback only.
+        """Start `workers` actors: by default one for each GPU of the cluster, or one on a CPU if it has none.
 
-        By default as many as the cluster has GPUs, or one on a CPU. `spec` is that of the model they will load, if it
-        is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
+        By default the cluster is a new one that listens on loopback only. `spec` is that of the model they will load,
+        if it is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
         GPUs or CPUs.
         """
         self._started_ray = False
@@ -108,7 +108,7 @@ class Pipeline:
         return [
             info.device
             if info.device.kind == "cuda"
-            else replace(info.device, usable_bytes=info.device.usable_bytes // nodes.count(info.node))
+            else replace(info.device, usable_bytes=share_of(info.device.usable_bytes, nodes.count(info.node)))
             for info in self.infos
         ]
 

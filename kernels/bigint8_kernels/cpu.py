@@ -1,9 +1,9 @@
 """The int8 linear layer on the CPU.
 
-The activations are made integers first: int8 with one scale a token for LLM.int8(), with the outlier columns zero and
-multiplied apart; int16 with a scale for each block of a token where they are to stay 16-bit, which is finer than either
-16-bit float. Then one kernel multiplies them with the weights (`cpu_product`), reading each weight once. Where the CPU
-has int8 dot products (VNNI), many rows of int8 go through `torch._int_mm` instead.
+First the activations become integers. For LLM.int8() these are int8, with one scale a token; the outlier columns
+become zero and are multiplied apart. Activations that are to stay 16-bit become int16, with a scale for each block of
+a token: that is finer than either 16-bit float. Then one kernel multiplies the integers with the weights
+(`cpu_product`). If the CPU has int8 dot products (VNNI), many rows of int8 go through `torch._int_mm` instead.
 
 Each function here is within rounding of its definition in `reference`. Dimensions: T tokens, K input features,
 N output features, B blocks of K.
@@ -205,7 +205,7 @@ def rescale(address, part, parts):
 
 def linear_vnni(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, threshold: float) -> Tensor:
     """`linear_int8` through torch's integer GEMM, which reads the weights once whatever the number of tokens."""
-    if weight_NK.shape[1] == 1:  # torch takes a single column for a row, whose products are others
+    if weight_NK.shape[1] == 1:  # torch mistakes a single column for a row and multiplies wrongly
         return linear_int8(x_TK, weight_NK, scale_N, bias_N, threshold)
     q_TK, x_scale_T, outliers_K = quantize_activations(x_TK, threshold)
     sums_TN, x_scale_T = torch._int_mm(q_TK, weight_NK.T).contiguous(), x_scale_T.contiguous()

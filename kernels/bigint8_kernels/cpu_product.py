@@ -4,8 +4,8 @@ Both operands lie along K, so nothing is packed or turned: a step widens 16 weig
 multiplies them by 16 activations of each token and adds neighbouring products into 32-bit lanes. On x86 that is one
 instruction (`pmaddwd`, AVX2; with VNNI the addition too), twice the products of a float32 one.
 
-After each BLOCK values along K, of which even a single sum of all products would stay below 2**31, the lanes become
-float32, times the scale that the activations of this token have in this block, and counting begins anew.
+A block is BLOCK values along K. Even the sum of all its products stays below 2**31. After each block the lanes become
+float32, times the token's scale in this block, and start at zero again.
 
 A tile is as many of these sums as the registers hold: four tokens times two rows of the weight, or one token times four
 rows. Its sums have a variable each, since numba keeps variables in registers and arrays in memory.
@@ -146,9 +146,9 @@ def _multiply_four(work, t, first, last):
 def multiply(address, part, parts):
     """Y = X W^T * scale (+ bias) of a part of the rows of W, X being `work.q` and `work.x_scale`.
 
-    The rows of a tile lie far apart, so that each is read on from where the tile before stopped: several long streams,
-    which the CPU fetches ahead by itself. Rows side by side are as many short ones, which it does not. Where the rows
-    are no multiple of the tile's, its last streams overlap, and a few rows are multiplied twice.
+    The rows of a tile lie far apart, and the next tile takes the row after each of them. So W is read as a few long
+    streams, which the CPU fetches ahead by itself. Tiles of neighbouring rows would be many short streams, which it
+    does not fetch ahead. If the tiles do not divide the rows evenly, a few rows are multiplied twice.
     """
     work = work_at(address)
     tokens = work.tokens

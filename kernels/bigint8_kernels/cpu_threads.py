@@ -22,8 +22,8 @@ from numba.extending import intrinsic
 from .reference import BLOCK
 
 PARALLEL_VALUES = 2**20
-"""Kernels over fewer values run on one thread: at some 20 values a nanosecond they take less time than it takes to
-wake others, and on a busy machine much less, since numba and torch each wait for their own threads by spinning."""
+"""Kernels over fewer values run on one thread: at some 20 values a nanosecond they end before other threads wake up.
+On a busy machine waking takes longer still, since the threads of numba and those of torch spin while they wait."""
 
 # numba's fallback threading layer aborts the process when two threads start parallel kernels at once.
 _numba_lock = threading.Lock()
@@ -35,10 +35,10 @@ _numba_threads = threading.local()
 class Work(ctypes.Structure):
     """What a kernel of a linear layer reads and writes: addresses, sizes, and the threshold of outliers.
 
-    x float32 (T, K); q int16 (T, K), or int8 if `narrow`, and x_scale float32 (T, B), what X is turned into; outliers
-    bool (K,); weight (N, K); scale float32 (N,); bias float32 (N,), or 0 for none; sums int32 (T, N); y float32 (T, N).
-    Addresses that the called kernels do not read may be 0. All are contiguous. To pass them so takes less time than to
-    pass arrays.
+    X is x float32 (T, K). Its integers are q, int16 (T, K) or int8 if `narrow`, with the scales x_scale float32 (T, B).
+    The others: outliers bool (K,); weight (N, K); scale float32 (N,); bias float32 (N,), or 0 for none; sums int32
+    (T, N); y float32 (T, N). All are contiguous. An address that no called kernel reads may be 0. Addresses take less
+    time to pass than arrays.
     """
 
     _fields_ = [
@@ -118,7 +118,7 @@ class Kernel:
             return self._compiled
 
     def __call__(self, work: Work, parts: int) -> None:
-        """Do all parts, on so many threads; several only within `threads_for`."""
+        """Do all parts, each on its own thread. More than one part is allowed only within `threads_for`."""
         address = (self._compiled or self.compile()).address
         if parts == 1:
             _call_once(address, addressof(work))
@@ -132,9 +132,9 @@ def kernel(function: Callable[..., None] | None = None, **options: Any) -> Any:
 
 
 class threads_for:
-    """`with threads_for(values) as parts`: how many threads a kernel over so many values is worth, torch's at most.
+    """`with threads_for(values) as parts`: the number of threads for a kernel over so many values, at most torch's.
 
-    Where there are several, numba is set to them, and no other thread starts a parallel kernel meanwhile.
+    If there are several, numba is set to that number, and no other thread starts a parallel kernel meanwhile.
     """
 
     def __init__(self, values: int) -> None:

@@ -3,7 +3,7 @@
 | device | rows of X | activations | kernel |
 | --- | --- | --- | --- |
 | CPU | any | 16-bit | `cpu.linear_16bit`, from one row to many |
-| CPU | any; more than FEW_ROWS on a CPU without VNNI | int8 | `cpu.linear_int8` |
+| CPU | up to FEW_ROWS; without VNNI, any | int8 | `cpu.linear_int8` |
 | CPU with VNNI | more than FEW_ROWS | int8 | `cpu.linear_vnni` |
 | GPU 8.0 and newer | up to `gpu.MOST_GEMV_ROWS` | 16-bit | `triton_gemv`; one row by itself, more on tensor cores |
 | GPU 8.0 and newer | any | int8 | `triton_activations`, then `triton_matmul` with the tiles of `gpu_tiles` |
@@ -65,7 +65,7 @@ def compile_cpu_kernels(dtypes: Iterable[torch.dtype]) -> float:
 
 
 def missing_to_launch() -> str | None:
-    """What Triton, which builds its launcher in C at the first launch, does not find for that, and how to get it."""
+    """What Triton lacks to build its launcher in C at the first launch, and how to get it; None if it lacks nothing."""
     from triton import knobs
 
     if knobs.build.impl is not None:
@@ -86,9 +86,9 @@ def prepare_layers(
     """Compile and tune now what `int8_linear` would at the first token and the first prompts with these int8 weights.
 
     `dtype` is that of X, `most_rows` the most tokens that a prompt brings at once. Call it when the weights are loaded:
-    they are multiplied as they are, and what it takes besides is X, Y and, to tune, 256 MiB for a moment. Where nothing
-    was compiled before it takes long. Does nothing for devices that Triton does not serve. Raises TypeError for another
-    dtype than `int8_linear` takes.
+    it multiplies with them. Besides, it takes memory for X and Y and, to tune, 256 MiB for a moment. It takes long when
+    nothing was compiled before. Does nothing for devices that Triton does not serve. Raises TypeError for a dtype that
+    `int8_linear` does not take.
     """
     if dtype not in SOURCE_DTYPES:
         raise TypeError(f"prepare_layers prepares for float16, bfloat16 and float32 activations, not {dtype}")
@@ -144,9 +144,10 @@ def _check_rows(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor) -> None:
 
 
 def quantize_rows_counting(source_RK: Tensor, out_RK: Tensor, scale_R: Tensor, bad: Tensor) -> None:
-    """`quantize_rows` that adds the number of NaN and infinite values, or of rows with one, to `bad` int32 (1,).
+    """`quantize_rows` that makes `bad` int32 (1,) larger if a value is NaN or infinite.
 
-    `bad` is on the same device, so that nothing has to wait for a GPU. Takes and raises what `quantize_rows` does.
+    Triton's kernel adds the number of such values, any other adds 1. `bad` is on the same device, so that nothing has
+    to wait for a GPU. Takes and raises what `quantize_rows` does.
     """
     if backend_of(source_RK.device) == "triton":
         from . import triton_weights

@@ -78,11 +78,12 @@ def int8_linear(
 
 
 def _without_overflow(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """X whose products with int8 numbers have sums that its dtype holds, and float32 (T, 1), or (1, 1), to undo it.
+    """X scaled so that its sums with int8 weights fit its dtype, and float32 factors (T, 1) or (1, 1) that undo it.
 
-    float16 ends at 65504. A row is divided by the power of two that brings 127 sum |x| below 2**15, which bounds every
-    partial sum. That changes exponents alone but where a value ends below 2**-14: its last bit, 2**-24, is then less
-    than 2**-14 of the row's mean, up to 60,000 features. The other dtypes end at 3e38 and stay as they are.
+    float16 ends at 65504. Each row is divided by a power of two that brings 127 sum |x| below 2**15, which bounds every
+    partial sum. This changes exponents only, except for values that end below 2**-14. These lose what is smaller than
+    2**-24, which is less than 2**-14 of the row's mean for up to 60,000 features. The other dtypes end at 3e38 and stay
+    as they are.
     """
     if x_TK.dtype != torch.float16:
         return x_TK, torch.ones(1, 1, device=x_TK.device)

@@ -31,9 +31,9 @@ read, 2 written, 2 read), `int8_gemv` 1 for each 16 rows."""
 
 
 ALIGNMENT = 16
-"""Triton compiles another kernel, without wide loads, for an address (in bytes) or a stride (in values) that is no
-multiple of this. X is small, so it is copied to an aligned place instead. If the width itself is no multiple, neither
-are the strides of X and W, and that other kernel runs."""
+"""If an address (in bytes) or a stride (in values) is no multiple of this, Triton compiles a slower kernel without wide
+loads. X is small, so it is copied to an aligned place instead. If the width K itself is no multiple, a copy would not
+help, and the slower kernel runs."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ A tile of W is read once for each tile of rows. The int8 weights of an OPT-175B 
 an RTX 3090 reads in 0.65 ms (936 GB/s); 128 rows times these are 155 GOP, 0.54 ms at its 284 TOP/s. From some 150 rows
 on the arithmetic is the limit, below that the bytes are.
 
-Waves, programs / (SMs x blocks an SM), and the share of the SMs' time that a last wave which is not full leaves, for
-2048 rows on an RTX 3090 (82 SMs):
+Waves, programs / (SMs x blocks an SM), for 2048 rows on an RTX 3090 (82 SMs). The last wave is not full; in
+parentheses is the share of the SMs' time that is used:
 
     outputs of a layer        128 x 128, 1 block    128 x 256, 1 block    64 x 128, 2 blocks
     OPT-175B, 12288           18.7 (99 %)           9.4 (94 %)            18.7 (99 %)
@@ -118,7 +118,7 @@ FLOAT32_GEMV_TILE = GemvTile(16, 16, 64, 4, 1)
 MOST_SPLITS = 8
 
 WARPS_WANTED = 8
-"""On each SM before K is not split: with 64 bytes a thread they have 16 KB on their way."""
+"""K is split until each SM has this many warps: with 64 bytes a thread, they have 16 KB on their way."""
 
 
 def architecture_of(major: int, minor: int) -> Architecture:
@@ -138,8 +138,8 @@ def matmul_tiles(
 ) -> tuple[MatmulTile, ...]:
     """The tiles to choose from for so many rows of so many features.
 
-    A tile whose depth these are no multiple of loads with masks, which takes registers that the largest tile does not
-    have. There is nothing to choose then but the tiles that fit, or the first.
+    If a tile's depth does not divide `features`, it must load with masks. These take registers, and the largest tile
+    has none to spare. So only tiles whose depth divides `features` are offered, or the first tile if there is none.
     """
     if is_float32:
         return (FLOAT32_TILE,)

@@ -1,7 +1,7 @@
-"""Kernels that numba compiled and kept, dropped when they may be of other sources than these.
+"""numba's cache of compiled kernels, emptied when the sources of this package have changed.
 
-numba keeps a compiled kernel beside its file and looks at that file only: a change in a function that the kernel calls,
-in another file, leaves the old one in use, also after an upgrade of the package.
+numba keeps a compiled kernel beside its source file and checks that file only. But a kernel calls functions of other
+files. If only these change, for example in an upgrade, numba goes on to use the old kernel.
 
 Processes that start together compile each kernel once between them: see `compile_in_turns`.
 """
@@ -31,9 +31,9 @@ _compiling = threading.Lock()
 
 
 def drop_stale_kernels(package: Path) -> None:
-    """Remove what numba compiled of a package's modules, unless all of them are as they were when that began.
+    """Remove a package's compiled kernels, unless all its modules are as they were when the cache was begun.
 
-    Where the package's folder cannot be written to, numba keeps kernels elsewhere, and nothing is done.
+    Does nothing if the package's folder cannot be written to: then numba keeps kernels elsewhere.
     """
     digest = hashlib.sha256()
     for source in sorted(package.glob("*.py")):

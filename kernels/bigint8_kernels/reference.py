@@ -65,10 +65,10 @@ def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor
 
 
 def round_to_16bit(x_TK: Tensor) -> Tensor:
-    """Float32 X in 16 bits: each block of a row on a grid of int16 numbers times absmax / 32767; float32 (T, K).
+    """Float32 X rounded to 16 bits: in each block of a row, to int16 multiples of absmax / 32767; float32 (T, K).
 
-    15 bits and a sign relative to the largest of 512 values: more than float16 and bfloat16 have for all but the
-    smallest of them. X in one of those formats is 16-bit as it is, and returned as such.
+    A value gets a sign and 15 bits, relative to the largest of the block's 512 values. For all but the smallest values
+    that is more than float16 and bfloat16 have. X in one of these formats is returned as it is.
     """
     if x_TK.dtype != torch.float32 or not x_TK.numel():
         return x_TK

@@ -1,6 +1,6 @@
 """What the GPU kernels need of a GPU: compiled to machine code for each architecture, on any machine, and read.
 
-python -m bigint8_kernels.resources [--architecture 86]... [--json FILE]
+python -m bigint8_kernels.resources [--architecture 86]... [--kernel NAME]... [--json FILE]
 
 The triton wheel brings what compiles (ptxas) and what reads the result (cuobjdump, nvdisasm). Registers and memory are
 the assembler's own figures, occupancy is computed from them; nothing here is measured.
@@ -225,7 +225,7 @@ def _instructions(listing: str) -> list[tuple[int, str, int | None]]:
 
 
 def _inner_loop(lines: Sequence[tuple[int, str, int | None]]) -> list[tuple[int, str, int | None]]:
-    """The instructions of the first of the shortest loops that multiply what they load, none if there is none."""
+    """The instructions of the first loop, by where it ends, that loads and multiplies; none if there is none."""
     loops = []
     for address, opcode, target in lines:
         if opcode.startswith("BRA") and target is not None and target < address:

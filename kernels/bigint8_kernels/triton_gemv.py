@@ -3,8 +3,9 @@
     Y[t, n] = sum_k X[t, k] W[n, k] * scale[n] + bias[n]
 
 The weights' bytes are the whole cost, so they are read once, 16 at a time, and become X's format in registers, exactly.
-X stays as it is: there is nothing to quantize, no outlier step, and nothing is lost. One row is multiplied by ordinary
-arithmetic in float32; several go through the tensor cores, whose smallest tile of 16 rows they share.
+The kernel takes X as it is, without an outlier step; `gpu` has rounded float32 X to 16 bits before.
+One row is multiplied by ordinary arithmetic in float32; several go through the tensor cores, whose smallest tile of 16
+rows they share.
 
 Where the outputs alone would not fill the GPU, K is split over several programs: each writes its float32 sums to a
 place of its own, and a second kernel adds them in a fixed order, so that a result does not change from run to run.
@@ -23,8 +24,8 @@ from .triton_numbers import FUSED, int8_to, part_of_k, to_float32
 
 @triton.jit
 def _one_row_products(w_at, x_at, products, inside):
-    """`products` (N, K) and those of a step of W with a single row of X, of which `x_at` (N, K) are N copies: each
-    thread loads the values that it multiplies, and no thread waits for another."""
+    """Add the products of a step of W with a single row of X to `products` (N, K). `x_at` (N, K) points to the row N
+    times: each thread loads the values that it multiplies, and no thread waits for another."""
     if inside is None:
         w_NK, x_NK = tl.load(w_at), tl.load(x_at)
     else:

@@ -40,8 +40,8 @@ def _tile_of(program, rows, outputs, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexp
 
 
 GATHERED = 256
-"""Columns of W that are gathered at most: how many there are is known on the GPU only, so there is room for so many,
-and the rest are read from W itself. LLM.int8() finds a few dozen."""
+"""The most columns of W that are gathered. Only the GPU knows how many there are, so there is always room for so many;
+further columns are read from W itself. LLM.int8() finds a few dozen."""
 
 GATHER_OUTPUTS, GATHER_COLUMNS = 32, 32
 """The tile of W's columns that a program gathers at a time."""
@@ -71,7 +71,7 @@ def _finish(
 ):  # fmt: skip
     """The outlier part, both scales and the bias, and the store of a tile of Y.
 
-    If `is_gathered`, `w_outliers` int8 (N, GATHERED) has the columns of `w`; what is beyond it, or all, `w` itself has.
+    If `is_gathered`, the first columns are in `w_outliers` int8 (N, GATHERED), the others in `w`; else all are in `w`.
     """
     t_safe, n_safe = t % rows, n % outputs  # rows beyond the end read others', and are not stored
     total = acc.to(tl.float32) * tl.load(x_scale + t_safe)[:, None]

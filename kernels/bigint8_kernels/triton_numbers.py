@@ -1,7 +1,7 @@
 """Numbers inside Triton kernels: rounding and magnitudes, in steps that give the same bits as the reference.
 
-Kernels that use `round_to_int8` must be compiled with EXACT: fused with the product before it, the sum would be rounded
-once where the reference rounds twice.
+`round_to_int8` begins with an addition, so kernels that use it must be compiled with EXACT. If the compiler fused that
+with the product before it, the result would be rounded once where the reference rounds twice.
 """
 
 import triton
@@ -10,10 +10,10 @@ import triton.language as tl
 from .reference import SMALLEST_ABSMAX
 
 EXACT = {"enable_fp_fusion": False}
-"""Options of a launch whose products are rounded before they are added to."""
+"""Options of a launch: each product is rounded before something is added to it."""
 
 FUSED = {"enable_fp_fusion": True}
-"""Options of a launch whose products need not be."""
+"""Options of a launch: a product and the addition after it may become one instruction, which rounds once."""
 
 _SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
@@ -99,10 +99,10 @@ INT8_TO = {
 }
 """PTX for a GPU: four int8 numbers in one register become four of a float format, in four registers or two.
 
-A GPU turns integers into floats at an eighth of its speed or less, so the bytes are written into floats instead. With
-w + 128 in the last bits of 2**23 (float32) or 1024 (float16), that is what a subtraction has to take away again.
-bfloat16 has seven bits behind its first: 128 + (w & 127) is exact, and so is the 128 or, for a negative w, 256 taken
-from it. 0xEA is the table of (a & b) | c.
+A GPU converts integers to floats at an eighth of its speed or less, so the bytes are written into floats instead. In
+float32 and float16, w + 128 is written into the last bits of 2**23 or 1024. The float is then 2**23 + 128 + w or
+1024 + 128 + w, and a subtraction leaves w. bfloat16 has only seven such bits: the float is 128 + (w & 127), and 128 is
+subtracted, or 256 for a negative w. 0xEA is the truth table of (a & b) | c.
 """
 
 BFLOAT16_TO_FLOAT32 = """{
@@ -147,8 +147,8 @@ def to_float32(x):
 
 @triton.jit
 def part_of_k(features, split, BLOCK_K: tl.constexpr):
-    """Where this program's whole steps of K begin and end, of `split` programs along axis 1, and whether the rest of K,
-    which is less than a step, comes after them: to the last program it does, if there is one."""
+    """This program's part of K, of `split` programs along axis 1: where its whole steps begin and end, and whether the
+    rest of K comes after them. The rest is less than a step, and the last program takes it."""
     steps, part = features // BLOCK_K, tl.program_id(1)
     first, end = steps * part // split * BLOCK_K, steps * (part + 1) // split * BLOCK_K
     return first, end, (end < features) & (part == split - 1)
