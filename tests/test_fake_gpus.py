@@ -252,6 +252,20 @@ def test_a_mask_goes_to_each_device_once(cuda, saved, monkeypatch):
     assert len(sent) == len(set(sent)) and len(sent) >= 4
 
 
+def test_a_mask_that_is_changed_between_two_calls_of_the_base_model_is_sent_again(cuda, saved):
+    """Nobody calls the model itself here, whose forward pass would forget what was sent."""
+    model = load(saved("llama"))
+    changed = torch.zeros(1, 1, 6, 6)
+    changed[..., :3] = -1e9
+    with pretending(), torch.no_grad():
+        ids, mask, changed = PROMPT.to("cuda:0"), torch.zeros(1, 1, 6, 6).to("cuda:0"), changed.to("cuda:0")
+        model.model(input_ids=ids, attention_mask=mask)
+        expected = model.model(input_ids=ids, attention_mask=changed).last_hidden_state
+        mask.copy_(changed)
+        found = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(found.cpu(), expected.cpu())
+
+
 def test_a_copy_of_the_model_follows_too(cuda, saved):
     model = load(saved())
     first = two_steps(model, "cuda:0")[0]

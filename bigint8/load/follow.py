@@ -45,8 +45,11 @@ def follow_devices(model: nn.Module, named: Mapping[str, str], device_of: Callab
                 hook(below, f"{name}.{child}" if name else child, in_block or are_blocks, below_returns)
 
     hook(model, "", False, False)
+    entrance = _entrance(model)
     model.register_forward_pre_hook(sent.forget)
-    follow = _Follow(torch.device(device_of(_entrance(model))), sent)
+    if entrance:  # somebody may call the base model itself
+        model.get_submodule(entrance).register_forward_pre_hook(sent.forget)
+    follow = _Follow(torch.device(device_of(entrance)), sent)
     model.register_forward_pre_hook(follow.send, with_kwargs=True)
     model.register_forward_hook(follow.send_back)
 

@@ -105,8 +105,8 @@ def wait_without_spinning() -> None:
     """Let waiting OpenMP threads sleep soon: in processes that this one starts, and here if torch is not imported yet.
 
     By default they spin for milliseconds. If somebody else needs that CPU, such as the next worker of a pipeline, the
-    spinning costs more than the work: without it, two workers on two busy CPUs made five times the tokens/s. A setting
-    that is there already is kept.
+    spinning costs more than the work: on two busy CPUs, SmolLM2 in one process made 2 to 5 tokens/s with it and 18 to
+    30 without. A setting that is there already is kept.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
