@@ -4,10 +4,12 @@ python -m bigint8.launch --model NAME_OR_PATH --gpus N [--prompt TEXT]...
 """
 
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,7 +17,7 @@ from rich.console import Console
 from .errors import BigInt8Error
 from .options import DEFAULT_THRESHOLD, Cluster, DeviceKind, Int8Config
 from .plan.cut import make_plan
-from .session import FoundModel, ModelPipeline, find_model, in_background
+from .session import FoundModel, ModelPipeline, find_model
 from .terminal.flags import (
     AccessFlags,
     Int8Head,
@@ -131,9 +133,26 @@ def _prompter_while(start: Callable[[], None], found: FoundModel, raw: bool) -> 
 
             return Prompter(found.opened().folder, found.spec.access, raw)
 
-    prompter = in_background(make)
+    prompter = _in_background(make)
     start()
     return prompter()
+
+
+Result = TypeVar("Result")
+
+
+def _in_background(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin some work in a thread. The function that is returned waits for it, and returns or raises what it did."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result
 
 
 def main() -> None:

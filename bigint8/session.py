@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint.folder import absolute, check_target
 from .checkpoint.headers import Checkpoint, open_checkpoint
@@ -213,9 +211,18 @@ class ModelPipeline:
             self.model = _load_here(place_plan(self.plan, checkpoint), checkpoint, progress)
             self.reports = [self.model.load_report]
             return self.reports
-        model_of = in_background(lambda: _pipeline_model_of(checkpoint, self.plan.spec.access))
+        from .load.warm_up import importing
+
+        with importing():  # while the workers do, too
+            from .model.config import read_generation_config, read_hf_config
+            from .run.driver import PipelineModel
+
+        # a config that is wrong is told before the load, which may take long
+        hf_config = read_hf_config(checkpoint, self.plan.spec.access)
+        generation_config = read_generation_config(checkpoint.folder)
         self.reports = self._workers.load(self.plan, progress)
-        self.model = model_of()(self._workers, self.plan)
+        self.model = PipelineModel(hf_config, self._workers, self.plan)
+        self.model.generation_config = generation_config or self.model.generation_config
         return self.reports
 
     def close(self) -> None:
@@ -237,44 +244,6 @@ def _as_planned(plan: Plan, there: Sequence[Device]) -> bool:
         device.model == stage.device.model and replace(stage, device=device).headroom_bytes >= 0
         for stage, device in zip(plan.stages, there, strict=False)
     )
-
-
-def _pipeline_model_of(checkpoint: Checkpoint, access: Access) -> "Callable[[Pipeline, Plan], Any]":
-    """What makes the model over workers that have loaded. Its imports and the configs are read before that.
-
-    Raises CheckpointError for a config that is wrong.
-    """
-    from .load.warm_up import importing
-
-    with importing():
-        from .model.config import read_generation_config, read_hf_config
-        from .run.driver import PipelineModel
-
-    hf_config, generation_config = read_hf_config(checkpoint, access), read_generation_config(checkpoint.folder)
-
-    def make(workers: "Pipeline", plan: Plan) -> Any:
-        model = PipelineModel(hf_config, workers, plan)
-        model.generation_config = generation_config or model.generation_config
-        return model
-
-    return make
-
-
-Result = TypeVar("Result")
-
-
-def in_background(work: Callable[[], Result]) -> Callable[[], Result]:
-    """Begin some work in a thread. The function that is returned waits for it, and returns or raises what it did."""
-    done: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return done.result
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from ..plan.memory import kv_bytes
 from ..plan.plan import DeviceMap, Plan, Stage
 from ..plan.spec import ModelSpec, check_workload
 from ..units import FLOAT_BYTES, parse_bytes, readable
-from .fill import LoadReport, fill, move_buffers
+from .fill import LoadReport, fill, move_buffers, where
 from .follow import follow_devices
 from .intake import OnProgress
 
@@ -70,11 +70,6 @@ def prepare_kernels(model: nn.Module, most_rows: int) -> None:
     if layers:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float16)
         prepare_layers([layer.weight for layer in layers], dtype, most_rows, layers[0].activations)
-
-
-def where(device: str) -> str:
-    """Where a module on this device computes: what is kept in mapped files computes on the CPU."""
-    return "cpu" if device == "disk" else device
 
 
 def _short(device: str) -> int | str:

@@ -112,13 +112,18 @@ class MemorySink:
             writer.wait()
 
 
+def where(device: str) -> str:
+    """Where a module on this device computes: what is kept in mapped files computes on the CPU."""
+    return "cpu" if device == "disk" else device
+
+
 def move_buffers(model: nn.Module, device_of: Callable[[str], str]) -> None:
     """Put the buffers that no checkpoint holds (rotary frequencies) on their module's device."""
     for prefix, module in model.named_modules():
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute in module._non_persistent_buffers_set:
                 device = device_of(f"{prefix}.{attribute}" if prefix else attribute)
-                module._buffers[attribute] = buffer.to("cpu" if device == "disk" else device)
+                module._buffers[attribute] = buffer.to(where(device))
 
 
 def _plain_dtype(slots: Iterable[Slot]) -> torch.dtype:
@@ -156,7 +161,7 @@ def _allocate(
         for name, slot in slots.items():
             device = devices[name]
             file = None if offload_folder is None or device != "disk" else offload_folder / f"{name}.dat"
-            _allocate_slot(slot, "cpu" if device == "disk" else device, memory if device == "cpu" else None, file)
+            _allocate_slot(slot, where(device), memory if device == "cpu" else None, file)
     except (torch.OutOfMemoryError, OSError) as error:
         raise PlanError(
             f"{device}: the weights placed there take {device_bytes[device]:,} bytes, which it does not have free: "

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..model.skeleton import token_embeddings
+
 
 def follow_devices(model: nn.Module, named: Mapping[str, str], device_of: Callable[[str], str]) -> None:
     """Send the inputs of each block, and of each module beside the blocks, to its device.
@@ -45,22 +47,13 @@ def follow_devices(model: nn.Module, named: Mapping[str, str], device_of: Callab
                 hook(below, f"{name}.{child}" if name else child, in_block or are_blocks, below_returns)
 
     hook(model, "", False, False)
-    entrance = _entrance(model)
+    entrance = token_embeddings(model) or ""
     model.register_forward_pre_hook(sent.forget)
     if entrance:  # somebody may call the base model itself
         model.get_submodule(entrance).register_forward_pre_hook(sent.forget)
     follow = _Follow(torch.device(device_of(entrance)), sent)
     model.register_forward_pre_hook(follow.send, with_kwargs=True)
     model.register_forward_hook(follow.send_back)
-
-
-def _entrance(model: Any) -> str:
-    """The name of the module that takes the token ids, "" if transformers cannot find it."""
-    try:
-        embeddings = model.get_input_embeddings()
-    except NotImplementedError:
-        return ""
-    return next((name for name, module in model.named_modules() if module is embeddings), "")
 
 
 class _Sent(threading.local):

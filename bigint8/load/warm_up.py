@@ -30,7 +30,7 @@ def import_model(spec: ModelSpec) -> None:
         importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
 
-def compile_kernels(spec: ModelSpec) -> threading.Thread:
+def compile_kernels(spec: ModelSpec) -> None:
     """Compile what the CPU needs of kernels, in the background, once for all processes of the box.
 
     Nothing has to wait for it: a kernel that is needed earlier is compiled then.
@@ -44,6 +44,4 @@ def compile_kernels(spec: ModelSpec) -> threading.Thread:
         with contextlib.suppress(Exception):  # whoever needs a kernel meets the error again
             compile_cpu_kernels(stored)
 
-    thread = threading.Thread(target=compile_them, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=compile_them, daemon=True).start()

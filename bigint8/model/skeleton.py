@@ -220,12 +220,17 @@ def keep_16bit_tables(skeleton: Skeleton, stored: Mapping[str, str]) -> None:
 
 def _table_names(skeleton: Skeleton) -> list[str]:
     """The token embeddings and the head."""
-    model = skeleton.model
+    tables = {token_embeddings(skeleton.model), skeleton.head}
+    return [name for name, _ in skeleton.model.named_modules() if name and name in tables]
+
+
+def token_embeddings(model: Any) -> str | None:
+    """The name of the module that takes the token ids, None if transformers cannot find it."""
     try:
         embeddings = model.get_input_embeddings()
-    except NotImplementedError:  # what transformers raises for a model whose embeddings it cannot find
-        embeddings = None
-    return [name for name, m in model.named_modules() if m is embeddings or (skeleton.head and name == skeleton.head)]
+    except NotImplementedError:  # what transformers raises for such a model; there is no way to ask without it
+        return None
+    return next((name for name, module in model.named_modules() if module is embeddings), None)
 
 
 def _is_plain_float32(module: nn.Module) -> bool:
