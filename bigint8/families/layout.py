@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import BigInt8Error
 from ..options import Int8Config
@@ -82,10 +82,50 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a block computes, by the names of its modules within the block: what a fused block is made from.
+
+    attention_norm, mlp_norm: the norms; mlp_norm None: the feed-forward part takes what attention does (Phi)
+    qkv: q, k and v, or the one layer that gives all three; order: how its outputs lie: "split" (all q, all k, all v) or
+        "heads" (q, k and v of each head together: GPT-NeoX, BLOOM); out: the layer after attention
+    up, down: the feed-forward part; gated: `up` are gate and up
+    activation: as `bigint8_kernels.step` names it
+    heads, kv_heads, head_dim, rotated: as in `bigint8_kernels.step.Attention`; alibi: scores are biased by distance
+    q_norm, k_norm: norms of the heads, None without
+    centered: layer norms rather than RMS norms
+    parallel: attention and feed-forward part start from the same residual stream
+    norm_last: each norm comes after its part, over the residual stream (OPT-350M)
+    rotary: the full name of the module in the model that has the rotary frequencies, None without
+    """
+
+    attention_norm: str
+    mlp_norm: str | None
+    qkv: tuple[str, ...]
+    out: str
+    up: tuple[str, ...]
+    down: str
+    activation: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    order: Literal["split", "heads"] = "split"
+    rotated: int = 0
+    alibi: bool = False
+    gated: bool = False
+    centered: bool = True
+    parallel: bool = False
+    norm_last: bool = False
+    q_norm: str | None = None
+    k_norm: str | None = None
+    rotary: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: full module names in its transformers model, and its sizes.
 
-    `old_names`: from a module's name in older checkpoints to its name here.
+    `recipe` says how a block computes, None for a config that asks for what fused blocks do not do. `old_names`: from a
+    module's name in older checkpoints to its name here.
     """
 
     name: str
@@ -94,6 +134,7 @@ class Family:
     embeddings: str
     final_norm: str
     sizes: Callable[[Config], Sizes]
+    recipe: Callable[[Config], Recipe | None] = lambda config: None
     head: str = "lm_head"
     positions: str | None = None
     embedding_norm: str | None = None

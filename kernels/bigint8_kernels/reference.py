@@ -114,3 +114,26 @@ def int8_linear(
     if bias_N is not None:
         y_TN += bias_N.double()
     return y_TN.to(out_dtype or x_TK.dtype)
+
+
+def int8_linear_by_token(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None = None,
+    threshold: float = 6.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """LLM.int8() decided for each token by itself: its outliers are single values of its own row, not whole columns.
+
+    So a token's result does not depend on which others run with it. Each value of X with |x| >= threshold is multiplied
+    as it is, the rest of the row in int8 with a scale of its own. Returns (T, N) as `int8_linear`.
+    """
+    w_NK = weight_NK.double()
+    outliers_TK = x_TK.abs().float() >= threshold if threshold > 0 else torch.zeros_like(x_TK, dtype=torch.bool)
+    q_TK, x_scale_T = quantize_rows(torch.where(outliers_TK, 0.0, x_TK.float()))
+    y_TN = (q_TK.double() @ w_NK.T) * x_scale_T.double()[:, None] * scale_N.double()
+    y_TN += torch.where(outliers_TK, x_TK.double(), 0.0) @ w_NK.T * scale_N.double()
+    if bias_N is not None:
+        y_TN += bias_N.double()
+    return y_TN.to(out_dtype or x_TK.dtype)
