@@ -23,6 +23,9 @@ PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once. More would make the products no faster (their arithmetic is the limit from some
 hundred rows on) and take more workspace."""
 
+PAGE_TOKENS = 16
+"""Tokens of a page of keys and values: `bigint8_kernels.step.PAGE`, which cannot be imported without torch."""
+
 SHARD_BYTES = 5 * 10**9
 """The most that a shard holds, unless one tensor is larger."""
 

@@ -203,6 +203,15 @@ class Layout:
     def tied(self) -> bool:
         return self.sizes.tied
 
+    @property
+    def groups(self) -> tuple[int | None, ...]:
+        """The sliding windows that its blocks have, each once: blocks of one window share their numbering of pages."""
+        return tuple(dict.fromkeys(self.sizes.windows))
+
+    def group_of(self, block: int) -> int:
+        """Which group of pages a block belongs to."""
+        return self.groups.index(self.sizes.windows[block])
+
     def stage(self, first_block: int, last_block: int) -> tuple[Module, ...]:
         """The modules of the stage with blocks [first_block, last_block), in the order in which they run."""
         is_first, is_last = first_block == 0, last_block == len(self.blocks)

@@ -72,6 +72,8 @@ def write(k_THD: Tensor, v_THD: Tensor, attention: Attention, pool: Tensor, batc
     """Keys and values (T, kv_heads, D) into the pages of their places."""
     places, sequences = batch.places_T.long(), batch.sequences_T.long()
     pages = batch.tables[attention.group].long()[sequences, places // PAGE]
+    tokens = pages >= 0
+    pages, places, k_THD, v_THD = pages[tokens], places[tokens], k_THD[tokens], v_THD[tokens]
     keys = pool[:, 0].view(-1, attention.kv_heads, attention.head_dim, PAGE)
     values = pool[:, 1].view(-1, attention.kv_heads, PAGE, attention.head_dim)
     keys[pages, :, :, places % PAGE] = k_THD.to(pool.dtype)
@@ -91,6 +93,8 @@ def attend(q_THD: Tensor, attention: Attention, pool: Tensor, batch: Batch) -> T
     """Softmax attention of each row over its sequence's places up to its own: (T, heads * D), computed in float32."""
     out = q_THD.new_zeros(q_THD.shape[0], attention.heads * attention.head_dim)
     for t, (place, sequence) in enumerate(zip(batch.places_T.tolist(), batch.sequences_T.tolist(), strict=True)):
+        if batch.tables[attention.group][sequence, place // PAGE] < 0:
+            continue
         first = 0 if attention.window is None else max(0, place + 1 - attention.window)
         k, v = read(attention, pool, batch.tables[attention.group][sequence], first, place + 1)
         shared = attention.heads // attention.kv_heads
@@ -107,12 +111,10 @@ def activate(x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
     """The activation of each value in float32, times the second half of the row where gated."""
     x = x_TN.float()
     gate, up = x.chunk(2, dim=-1) if gated else (x, None)
-    y = {
-        "silu": functional.silu,
-        "relu": functional.relu,
-        "gelu": functional.gelu,
-        "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
-    }[activation](gate)
+    if activation in ("gelu", "gelu_tanh"):
+        y = functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+    else:
+        y = functional.silu(gate) if activation == "silu" else functional.relu(gate)
     return (y if up is None else y * up).to(x_TN.dtype)
 
 

@@ -76,8 +76,8 @@ class Batch:
 
     places_T: int32, where a row's key and value are kept in its sequence, counted from 0
     sequences_T: int32, which of the S sequences a row belongs to; a sequence's rows are in order
-    tables: int32 (S, P) for each group: the page of the places [PAGE * p, PAGE * (p + 1)) of a sequence; entries that no
-        row needs may be anything
+    tables: int32 (S, P) for each group: the page of the places [PAGE * p, PAGE * (p + 1)) of a sequence. A row whose
+        own page is -1 is no token: it writes nothing, and what comes out of it means nothing
     few: rows [0, few) are generated tokens: with `activations="auto"` they stay 16-bit. The others are int8
     cos_TR, sin_TR: float32 (T, R/2) of each row's position, where heads are rotated
     """
