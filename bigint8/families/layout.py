@@ -9,6 +9,9 @@ from ..options import PAGE_TOKENS, Int8Config
 
 Config = Mapping[str, Any]
 
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
+"""The same choice as `bigint8_kernels.step.Activation`, which cannot be imported without torch."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -102,7 +105,7 @@ class Recipe:
     out: str
     up: tuple[str, ...]
     down: str
-    activation: str
+    activation: Activation
     heads: int
     kv_heads: int
     head_dim: int
@@ -132,7 +135,7 @@ class Family:
     embeddings: str
     final_norm: str
     sizes: Callable[[Config], Sizes]
-    recipe: Callable[[Config], Recipe | None] = lambda config: None
+    recipe: Callable[[Config], Recipe | None]
     head: str = "lm_head"
     positions: str | None = None
     embedding_norm: str | None = None
