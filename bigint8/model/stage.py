@@ -43,7 +43,9 @@ class StageModel(nn.Module):
         model, kept = skeleton.model, set(modules)
         blocks = model.get_submodule(family.blocks)
         indices = [i for i in range(len(blocks)) if family.block(i) in kept]
+        self.family, self.indices = family, tuple(indices)
         self.is_first = family.embeddings in kept
+        self.is_last = indices[-1] == len(blocks) - 1
         self.has_head = family.head in kept
         self.slots = {name: slot for name, slot in skeleton.slots.items() if owner(name, family) in kept}
         set_module(model, family.blocks, nn.ModuleList(blocks[i] for i in indices))
@@ -54,6 +56,19 @@ class StageModel(nn.Module):
         self.base = model.get_submodule(family.blocks.rpartition(".")[0])
         self.lm_head = model.get_submodule(family.head) if self.has_head else None
         self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
+
+    def part(self, name: str | None) -> nn.Module | None:
+        """A module by its full name in the model, None where the model lacks it or it lives on another stage."""
+        base = self.family.blocks.rpartition(".")[0]
+        at: nn.Module | None = self.base
+        for attribute in name.removeprefix(f"{base}.").split(".") if name else ():
+            at = None if at is None else at._modules.get(attribute)
+        return at if name else None
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its blocks, in order; `indices` has their numbers in the model."""
+        return list(cast(nn.ModuleList, self.part(self.family.blocks)))
 
     def new_cache(self) -> Any:
         """An empty key-value cache for this stage's blocks."""
