@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import WorkerDied, WorkerError
 from ..model.chunks import prompt_chunks
 from ..plan.plan import Plan
-from .wire import CacheEdit, CacheKey, SequenceLost
+from .packed import CacheEdit, CacheKey, SequenceLost
 
 MAX_RESTARTS = 3
 """How often one step is tried again after a worker died."""

@@ -14,9 +14,8 @@ from ..load.fill import check_planned_bytes, fill, move_buffers
 from ..load.intake import OnProgress
 from ..model.skeleton import Skeleton, skeleton_of
 from ..model.stage import StageModel, owner
-from ..plan.devices import usable_cpus
 from ..plan.plan import Plan
-from .wire import CacheKey, Packed, SequenceLost, pack, unpack
+from .packed import CacheKey, Packed, SequenceLost, pack, unpack
 
 
 class RunningStage:
@@ -24,7 +23,6 @@ class RunningStage:
 
     def __init__(self, plan: Plan, index: int, device: str, on_progress: OnProgress) -> None:
         """Load it: read its byte ranges only. Raises what `load_sharded_int8` raises."""
-        torch.set_num_threads(usable_cpus())
         self._device = device
         self._caches: dict[int, Any] = {}
         if plan.spec.folder is None:
