@@ -78,13 +78,19 @@ class StageModel(nn.Module):
         return DynamicCache(config=self.config)
 
     def forward(
-        self, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any | None
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any | None,
+        **options: Any,
     ) -> Tensor:
         """Token ids (batch, tokens) on the first stage, hidden states (batch, tokens, hidden) on later ones.
 
-        attention_mask (batch, past + tokens) or None; position_ids (batch, tokens) or None. Returns hidden states.
+        attention_mask (batch, past + tokens) or None; position_ids (batch, tokens) or None; `options` are for attention
+        functions. Returns hidden states.
         """
-        kwargs: dict[str, Any] = {"input_ids" if self.is_first else "inputs_embeds": inputs}
+        kwargs: dict[str, Any] = {**options, "input_ids" if self.is_first else "inputs_embeds": inputs}
         if self._takes_positions:
             kwargs["position_ids"] = position_ids
         output = cast(_BaseModel, self.base)(
