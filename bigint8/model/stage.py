@@ -133,6 +133,12 @@ class ModelPart:
         """Those of its blocks."""
         return itertools.chain.from_iterable(block.parameters() for block in self.blocks)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it computes with."""
+        for module in (*self.blocks, *self._around.values(), *filter(None, [self.lm_head])):
+            yield from module.parameters()
+            yield from module.buffers()
+
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules around its blocks."""
         return iter(self._around.items())

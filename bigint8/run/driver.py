@@ -102,7 +102,9 @@ class PagedCache(Cache):
             )
         tokens = mask.cpu() != 0
         if self._tokens_BP is not None and not torch.equal(tokens[:, :past], self._tokens_BP):
-            raise BigInt8Error("attention_mask: it masks other earlier tokens than before; start without past_key_values")
+            raise BigInt8Error(
+                "attention_mask: it masks other earlier tokens than before; start without past_key_values"
+            )
         return tokens[:, past:]
 
     def _positions(self, tokens_BT: Tensor, positions: Tensor | None, from_mask: bool) -> Tensor:

@@ -6,7 +6,7 @@ through its own modules, with transformers' own cache.
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,17 +17,18 @@ from ..errors import BigInt8Error
 from ..families.layout import Family
 from ..families.table import find_family
 from ..load.fill import where
-from ..model.ragged import RaggedStage
+from ..model.fused_stage import FusedStage
 from ..model.stage import ModelPart
 from ..model.step import Result, Step
 from ..plan.plan import DeviceMap, Plan
 from .driver import PagedCache, counts_tokens
 from .engine import Engine
-from .running import answer, ragged_stage
+from .running import answer, room_of
 from .stages import LocalStages
+from .trace import Trace
 
 
-def with_pages(model: Any) -> Any:
+def with_pages(model: Any, trace: Trace | None = None) -> Any:
     """Let a loaded model (`load.loaded.as_loaded`) run over pages, where its family and its device map allow it.
 
     It then has an `engine`, which runs many requests at once, and ends with the model.
@@ -37,15 +38,16 @@ def with_pages(model: Any) -> Any:
     if stages is None:
         model.engine = None
         return model
-    engine = Engine.of(model.plan, LocalStages(_run_through(stages)))
+    engine = Engine.of(model.plan, LocalStages(_run_through(stages)), trace)
     weakref.finalize(model, engine.close)
     model.engine, model._known = engine, _Known(model)
     model.__class__ = _paged_class(type(model))
     return model
 
 
-def _stages(model: Any, family: Family, plan: Plan) -> list[RaggedStage] | None:
-    """The model as stages, one for each device in turn; None for one that has to run through its own modules."""
+def _stages(model: Any, family: Family, plan: Plan) -> list[tuple[FusedStage, bool]] | None:
+    """The model as stages, one for each device in turn, and which has the head; None for one that has to run through
+    its own modules."""
     if not plan.pages:
         return None
     devices, count = DeviceMap(plan.device_map()), len(model.get_submodule(family.blocks))
@@ -56,20 +58,23 @@ def _stages(model: Any, family: Family, plan: Plan) -> list[RaggedStage] | None:
     for part, device in parts:
         if any(tensor.device != torch.device(device) for tensor in part.tensors()):
             return None
+    recipe, layout = family.recipe(plan.spec.config), plan.spec.known_layout
+    if recipe is None:
+        return None
     try:
-        return [ragged_stage(part, plan, device) for part, device in parts]
-    except BigInt8Error:
+        return [(FusedStage(part, recipe, layout, room_of(plan, device)), part.has_head) for part, device in parts]
+    except BigInt8Error:  # rotary positions that change with the batch
         return None
 
 
-def _run_through(stages: list[RaggedStage]) -> Any:
+def _run_through(stages: list[tuple[FusedStage, bool]]) -> Callable[[Step], Result]:
     """All stages of this process as one."""
-    with_head = next(stage for stage in stages if stage.has_head)
+    with_head = next(stage for stage, has_head in stages if has_head)
 
     @torch.inference_mode()
     def run(step: Step) -> Result:
         hidden: Tensor | None = None
-        for stage in stages:
+        for stage, _ in stages:
             hidden = stage.run(step, hidden)
         assert hidden is not None
         return Result(step.number, answer(with_head, step, hidden))

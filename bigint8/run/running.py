@@ -14,11 +14,10 @@ from ..families.table import family_of
 from ..load.device_map import prepare_kernels
 from ..load.fill import check_planned_bytes, fill, move_buffers
 from ..load.intake import OnProgress
-from ..model.fused_stage import FusedStage
-from ..model.general import GeneralStage
+from ..model.open_stage import open_stage
 from ..model.ragged import RaggedStage, Room
 from ..model.skeleton import Skeleton, skeleton_of
-from ..model.stage import ModelPart, StageModel, owner
+from ..model.stage import StageModel, owner
 from ..model.step import Step
 from ..plan.plan import Plan
 from .sampling import choose
@@ -45,7 +44,7 @@ class RunningStage:
             skeleton.tie()
         move_buffers(stage, lambda name: device)
         prepare_kernels(stage, plan.workload.most_rows)
-        self._stage = ragged_stage(stage.eval(), plan, device)
+        self._stage = open_stage(stage.eval(), plan.spec, room_of(plan, device))
 
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
         """As `RaggedStage.run`."""
@@ -56,17 +55,9 @@ class RunningStage:
         return answer(self._stage, step, hidden_RH)
 
 
-def ragged_stage(stage: StageModel | ModelPart, plan: Plan, device: str) -> RaggedStage:
-    """What runs a stage's steps: fused blocks where the family has a recipe for the config, else its own modules.
-
-    Allocates the keys and values. Raises BigInt8Error for a model that cannot run sequences of several requests together.
-    """
-    layout = plan.spec.known_layout
-    room = Room(plan.pages, plan.workload.most_rows, getattr(torch, plan.dtype), torch.device(device))
-    recipe = stage.family.recipe(plan.spec.config)
-    if recipe is None:
-        return GeneralStage(stage, layout, room)
-    return FusedStage(stage, recipe, layout, room)
+def room_of(plan: Plan, device: str) -> Room:
+    """What a plan leaves room for on one of its devices."""
+    return Room(plan.pages, plan.workload.most_rows, getattr(torch, plan.dtype), torch.device(device))
 
 
 def answer(stage: RaggedStage, step: Step, hidden_RH: Tensor) -> Values:
