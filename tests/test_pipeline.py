@@ -17,8 +17,8 @@ from bigint8.model.config import read_generation_config, read_hf_config
 from bigint8.options import Access, Cluster, Workload
 from bigint8.plan.cut import make_plan
 from bigint8.run.driver import PipelineCache, PipelineModel
+from bigint8.run.packed import pack, unpack
 from bigint8.run.pipeline import Pipeline
-from bigint8.run.wire import pack, unpack
 from bigint8.session import find_model
 
 WORK = Workload(context=100, sequences=4)

@@ -1,8 +1,7 @@
-"""The workers of a pipeline over Ray: one for each device, started, loaded, fed and replaced when it dies.
+"""The workers of a pipeline: one for each device. Ray places, starts, watches and replaces them.
 
-A step of the model is a chain of actor calls, each given the reference of the one before: hidden states go from worker
-to worker, and the driver sees only token ids and logits. Where the head is tied to the embeddings, the last hidden
-state returns to the first worker, which has them (a ring).
+Steps and hidden states do not pass through Ray: they go from process to process over links of our own (`flow`,
+`answers`), which are made when a model is loaded, and made anew when a worker was replaced.
 """
 
 import itertools
@@ -22,16 +21,27 @@ from ..plan.devices import Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cluster import connect, pick
+from .cores import Share
+from .doors import new_secret
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..load.fill import LoadReport
-    from .wire import CacheKey
-    from .worker import WorkerInfo
+    from ..model.step import Result, Step
+    from .answers import Answers
+    from .packed import CacheKey
+    from .spans import Span, StageStats
+    from .worker import LoadStage, WorkerInfo
 
 START_SECONDS = 180
 """How long a cluster may take to give us workers."""
+
+ALIVE_SECONDS = 20
+"""How long a worker may take to say that it is alive."""
+
+MAX_RESTORES = 3
+"""How often a pipeline is mended before it is given up, where workers go on dying meanwhile."""
 
 POLL_SECONDS = 0.05
 """How often loading workers are asked how far they are."""
@@ -45,12 +55,13 @@ class Pipeline:
         workers: int | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         spec: ModelSpec | None = None,
+        load_stage: "LoadStage | None" = None,
     ) -> None:
         """Start `workers` actors: by default one for each GPU of the cluster, or one on a CPU if it has none.
 
         By default the cluster is a new one that listens on loopback only. `spec` is that of the model they will load,
-        if it is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
-        GPUs or CPUs.
+        if it is known: they prepare for it at once. `load_stage` loads a stage on a worker instead of `RunningStage`.
+        Raises WorkerError if the cluster cannot be reached or has too few GPUs or CPUs.
         """
         self._started_ray = False
         self._group: Any = None
@@ -59,7 +70,9 @@ class Pipeline:
         self.loads = 0
         self._ids = itertools.count()
         self._restarting = threading.Lock()  # sequences in several threads may see the same worker die
-        self._spec = spec
+        self._spec, self._load_stage = spec, load_stage
+        self._secret, self._epoch = new_secret(), 0
+        self._answers: Answers | None = None
         self.infos: list[WorkerInfo] = []
         try:
             self._started_ray = connect(workers, cluster.address)
@@ -100,7 +113,7 @@ class Pipeline:
                 placement_group=self._group, placement_group_bundle_index=bundle
             ),
         )
-        return actor.remote(self.kind, self._spec)
+        return actor.remote(self.kind, self._spec, self._load_stage)
 
     def devices(self) -> list[Device]:
         """A device for each worker, in order; CPU workers of one box share its memory equally."""
@@ -126,14 +139,24 @@ class Pipeline:
         self._plan, self.loads = None, self.loads + 1
         self._unload()
         try:
-            reports = self._watch([self._workers[i].load.remote(plan, i) for i in range(len(plan.stages))], progress)
+            reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
+            self._connect(plan)
         except BaseException:
             self._unload()
             raise
         self._plan = plan
         return reports
 
+    def _start_load(self, plan: Plan, index: int) -> Any:
+        """Let a worker load its stage. CPU workers of one box share its cores."""
+        share = Share()
+        if self.kind == "cpu":
+            nodes = [info.node for info in self.infos[: len(plan.stages)]]
+            share = Share(nodes[:index].count(nodes[index]), nodes.count(nodes[index]))
+        return self._workers[index].load.remote(plan, index, share)
+
     def _unload(self) -> None:
+        self._end_links()
         for worker in self._workers:
             worker.unload.remote()
 
@@ -161,7 +184,7 @@ class Pipeline:
         keep: "int | Tensor",
     ) -> "Tensor":
         """Token ids (batch, tokens) through all stages: logits (batch, kept tokens, vocabulary)."""
-        from .wire import pack, unpack  # needs torch, which nothing before a step needs
+        from .packed import pack, unpack  # needs torch, which nothing before a step needs
 
         if self._plan is None:
             raise WorkerError("no model is loaded on the workers; Pipeline.load comes first")
@@ -174,6 +197,83 @@ class Pipeline:
         if self._plan.spec.tied and last > 0:
             hidden = self._workers[0].head.remote(hidden)
         return cast("Tensor", unpack(self._get(hidden), "cpu"))
+
+    # --- links and steps ---
+
+    @property
+    def count(self) -> int:
+        """How many stages the loaded model has."""
+        return 0 if self._plan is None else len(self._plan.stages)
+
+    def send(self, step: "Step") -> None:
+        """Send a step on its way; returns at once. Raises WorkerError, as `Answers.send` does."""
+        self._linked().send(step)
+
+    def receive(self, timeout: float) -> "Result":
+        """The result of the oldest step under way. Raises StageLost, WorkerError, as `Answers.receive` does."""
+        return self._linked().receive(timeout)
+
+    def restore(self) -> list[int]:
+        """Start lost stages again and make all links anew; the indices of those whose pages are empty now.
+
+        No step is under way afterwards. Raises WorkerError where workers cannot be started or go on dying.
+        """
+        if self._plan is None:
+            return []
+        emptied: set[int] = set()
+        with self._restarting:
+            for attempt in range(MAX_RESTORES):
+                emptied.update(self._restart_dead(self._plan))
+                try:
+                    self._connect(self._plan)
+                    break
+                except WorkerError:
+                    if attempt == MAX_RESTORES - 1:
+                        raise
+        return sorted(i for i in emptied if i < self.count)
+
+    def stats(self) -> "list[StageStats]":
+        """What each stage has done so far. Raises WorkerDied."""
+        return cast("list[StageStats]", self._get([w.stats.remote() for w in self._workers[: self.count]]))
+
+    def trace(self, on: bool) -> None:
+        """Let the workers begin to keep spans, or end it."""
+        self._get([worker.trace.remote(on) for worker in self._workers[: self.count]])
+
+    def spans(self) -> "list[list[Span]]":
+        """What each stage did since this was asked last, while it was traced."""
+        return cast("list[list[Span]]", self._get([w.spans.remote() for w in self._workers[: self.count]]))
+
+    def _linked(self) -> "Answers":
+        if self._answers is None:
+            raise WorkerError("no model is loaded on the workers; Pipeline.load comes first")
+        return self._answers
+
+    def _connect(self, plan: Plan) -> None:
+        """Make all links anew, under the next epoch. Raises WorkerError."""
+        from .answers import Answers
+        from .flow import Place
+
+        self._end_links()
+        self._epoch += 1
+        count = len(plan.stages)
+        workers, ring = self._workers[:count], plan.spec.tied and count > 1
+        here = ray.get_runtime_context().get_node_id()
+        one_box = all(info.node == here for info in self.infos[:count])
+        places = [Place(i, count, ring) for i in range(count)]
+        asked = [w.listen.remote(place, one_box, self._secret) for w, place in zip(workers, places, strict=True)]
+        addresses = self._get(asked, ALIVE_SECONDS)
+        nexts = [None if place.goes_out is None else addresses[place.next] for place in places]
+        asked = [w.connect.remote(self._epoch, address) for w, address in zip(workers, nexts, strict=True)]
+        self._get(asked, ALIVE_SECONDS)
+        self._answers = Answers(addresses, self._epoch, self._secret)
+
+    def _end_links(self) -> None:
+        answers, self._answers = self._answers, None
+        if answers is not None:
+            answers.close()
+
+    # --- the driver that is on its way out ---
 
     def new_cache_id(self) -> int:
         """An id under which the workers keep the keys and values of one batch of sequences."""
@@ -197,7 +297,7 @@ class Pipeline:
         dead = []
         for i, reference in enumerate(alive):
             try:
-                ray.get(reference, timeout=START_SECONDS)
+                ray.get(reference, timeout=ALIVE_SECONDS)
             except (RayActorError, GetTimeoutError):
                 dead.append(i)
         for i in dead:
@@ -206,7 +306,7 @@ class Pipeline:
         infos = self._get([self._workers[i].describe.remote() for i in dead], START_SECONDS)
         for i, info in zip(dead, infos, strict=True):
             self.infos[i] = info
-        self._get([self._workers[i].load.remote(plan, i) for i in dead if i < len(plan.stages)])
+        self._get([self._start_load(plan, i) for i in dead if i < len(plan.stages)])
         return dead
 
     def _get(self, references: Any, timeout: float | None = None) -> Any:
@@ -227,6 +327,7 @@ class Pipeline:
 
     def close(self) -> None:
         """End the workers; end the cluster, or the connection to it, that this pipeline began."""
+        self._end_links()
         workers, group, started = self._workers, self._group, self._started_ray
         self._workers, self._group, self._plan, self._started_ray = [], None, None, False
         if not ray.is_initialized():

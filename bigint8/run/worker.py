@@ -7,6 +7,7 @@ a worker imports them in the background, while others start.
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,17 @@ from ..load.warm_up import compile_kernels, import_model, importing
 from ..plan.devices import Device, cpu_device, cuda_devices
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
+from .cores import Cores, Share
+from .doors import LOOPBACK, Address
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
-    from .wire import CacheKey, Packed
+    from .flow import Flow, Place
+    from .packed import CacheKey, Packed
+    from .spans import Span, StageStats
+
+LoadStage = Callable[[Plan, int, str, Callable[[int, int], None]], Any]
+"""What loads stage i of a plan onto a device and tells how far it is: something like `running.RunningStage`."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,17 @@ class WorkerInfo:
 class Worker:
     """The actor that owns one device."""
 
-    def __init__(self, kind: str, spec: ModelSpec | None = None) -> None:
-        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels."""
-        self._kind = kind
+    def __init__(self, kind: str, spec: ModelSpec | None = None, load_stage: LoadStage | None = None) -> None:
+        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels.
+
+        load_stage: what loads a stage; `RunningStage` does, unless this is given
+        """
+        self._kind, self._load_stage = kind, load_stage
+        self._device = "cuda:0" if kind == "cuda" else "cpu"
         self._progress = (0, 0)
         self._stage: Any = None
+        self._flow: Flow | None = None
+        self._cores = Cores()
         self._imports = threading.Thread(target=_import, args=(kind, spec), daemon=True)
         self._imports.start()
 
@@ -55,23 +69,63 @@ class Worker:
         number = int(gpus[0]) if gpus and gpus[0].isdigit() else 0
         return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number)
 
-    def load(self, plan: Plan, index: int) -> "LoadReport":
-        """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded."""
+    def load(self, plan: Plan, index: int, share: Share = Share()) -> "LoadReport":  # noqa: B008  (frozen)
+        """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded.
+
+        share: which of the box's cores to compute on
+        """
         self._imports.join()
+        import torch
+
         from .running import RunningStage
 
         self.unload()
+        torch.set_num_threads(self._cores.take(share))
 
         def on_progress(done: int, total: int) -> None:
             self._progress = (done, total)
 
-        stage = RunningStage(plan, index, "cuda:0" if self._kind == "cuda" else "cpu", on_progress)
+        stage = (self._load_stage or RunningStage)(plan, index, self._device, on_progress)
         self._stage = stage
-        return stage.report
+        report: LoadReport = stage.report
+        return report
 
     def unload(self) -> None:
-        """Give the stage's memory back."""
+        """End the links and give the stage's memory back."""
+        flow, self._flow = self._flow, None
+        if flow is not None:
+            flow.close()
         self._stage, self._progress = None, (0, 0)
+
+    def listen(self, place: "Place", one_box: bool, secret: bytes) -> Address:
+        """Listen for the driver and the stage before, on loopback if all are on one box: where. A stage is loaded."""
+        from .flow import Flow
+
+        if self._flow is None:
+            self._flow = Flow(self._loaded(), place, self._device)
+        return self._flow.listen(LOOPBACK if one_box else ray.util.get_node_ip_address(), secret)
+
+    def connect(self, epoch: int, next_address: Address | None) -> None:
+        """Make the stage's links under an epoch, as the other workers do at the same time. Raises WorkerError."""
+        if self._flow is None:
+            raise WorkerError(f"the worker in process {os.getpid()} does not listen yet")
+        self._flow.connect(epoch, next_address)
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> "StageStats | None":
+        """What the stage has done so far; None before it has links."""
+        return None if self._flow is None else self._flow.tally.stats()
+
+    @ray.method(concurrency_group="control")
+    def trace(self, on: bool) -> None:
+        """Begin to keep spans, or end it."""
+        if self._flow is not None:
+            self._flow.spans.on = on
+
+    @ray.method(concurrency_group="control")
+    def spans(self) -> "list[Span]":
+        """The spans kept since they were asked for last."""
+        return [] if self._flow is None else self._flow.spans.take()
 
     @ray.method(concurrency_group="control")
     def progress(self) -> tuple[int, int]:
@@ -102,7 +156,7 @@ class Worker:
 
     def _loaded(self) -> Any:
         if self._stage is None:  # a step came between this worker's start and its load
-            from .wire import SequenceLost
+            from .packed import SequenceLost
 
             raise SequenceLost(f"the worker in process {os.getpid()} has not loaded its stage yet")
         return self._stage

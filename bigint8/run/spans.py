@@ -1,0 +1,93 @@
+"""What a worker did when: spans of time for a picture of a pipeline, and sums for its statistics."""
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+MOST_SPANS = 100_000
+"""How many spans a worker keeps; older ones go."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a worker did with a step, in nanoseconds of `time.time_ns()`: of its own box's clock, but see "hop".
+
+    name: "hop" (from the sender's start of sending, by the sender's clock, to the message being whole), "wait" (until
+        its turn came), "compute" (the stage), "head" (logits, and the choice of tokens), "send" (until the computing
+        thread was free again)
+    """
+
+    name: str
+    number: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass
+class Spans:
+    """The last spans of a worker, kept while `on`."""
+
+    on: bool = False
+    _kept: deque[Span] = field(default_factory=lambda: deque(maxlen=MOST_SPANS))
+
+    def add(self, name: str, number: int, start_ns: int, end_ns: int) -> None:
+        if self.on:
+            self._kept.append(Span(name, number, start_ns, end_ns))
+
+    def take(self) -> list[Span]:
+        """Those kept so far, oldest first; they are kept no longer."""
+        taken = []
+        while self._kept:
+            taken.append(self._kept.popleft())
+        return taken
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """What a stage has done since its worker's links were first made.
+
+    seconds: since then; busy_seconds: computing; steps, rows: that passed through it
+    resident_bytes, peak_bytes: of the process's memory, now and at most
+    """
+
+    seconds: float
+    busy_seconds: float
+    steps: int
+    rows: int
+    resident_bytes: int
+    peak_bytes: int
+
+
+@dataclass
+class Tally:
+    """Counts what a stage does."""
+
+    _started: float = field(default_factory=time.monotonic)
+    _busy_ns: int = 0
+    _steps: int = 0
+    _rows: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, busy_ns: int, steps: int = 0, rows: int = 0) -> None:
+        with self._lock:
+            self._busy_ns += busy_ns
+            self._steps += steps
+            self._rows += rows
+
+    def stats(self) -> StageStats:
+        with self._lock:
+            busy, steps, rows = self._busy_ns / 1e9, self._steps, self._rows
+        resident, peak = _memory()
+        return StageStats(time.monotonic() - self._started, busy, steps, rows, resident, peak)
+
+
+def _memory() -> tuple[int, int]:
+    """Resident and peak bytes of this process."""
+    import resource
+    import sys
+
+    import psutil
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process().memory_info().rss, peak
