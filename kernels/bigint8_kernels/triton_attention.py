@@ -283,7 +283,7 @@ def row_tiles(sequences_T: Tensor, start: int, sequences: int, most_rows: int) -
     """
     rows = sequences_T.shape[0]
     t = torch.arange(start, rows, dtype=torch.int32, device=sequences_T.device)
-    of = sequences_T[start:]
+    of = sequences_T.narrow(0, start, rows - start)  # an index would ask for the GPU of a fake tensor
     begins = (of != of.roll(1)) | ((t - start) % most_rows == 0)
     tiles = torch.full(
         (triton.cdiv(rows - start, most_rows) + sequences + 1,), rows, dtype=torch.int32, device=t.device
