@@ -79,8 +79,8 @@ def _int8_linears(
 
 
 _define(
-    "int8_linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, float[] thresholds, str[] activations, "
-    "int few) -> Tensor",
+    "int8_linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, float[] thresholds, "
+    "str[] activations, int few) -> Tensor",
     _int8_linears,
     lambda x, weights, *_: x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights)),
 )

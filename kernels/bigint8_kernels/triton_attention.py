@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Attention over the pages of a pool on the GPU: generated tokens, one row of a sequence each, and rows of prompts.
 
     score[p] = scale * q . k[p] + slope * (p - place)      out = sum_p softmax(score)[p] v[p]
@@ -126,7 +127,8 @@ def attend_tokens_kernel(
     """`y` (T, heads * D) of one row and key head, or its share, where the context is in parts (SPLIT).
 
     WRITE: `qkv` has queries, keys and values as the layer gave them, and the own key and value go to the pool;
-    otherwise it has the finished queries, and the pool all keys. `counters` int32 (T, key heads) are 0 before and after.
+    otherwise it has the finished queries, and the pool all keys. `counters` int32 (T, key heads) are 0 before and
+    after.
     """
     t, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -157,7 +159,7 @@ def attend_tokens_kernel(
     highest_G = tl.full((BLOCK_G,), _LOWEST, tl.float32)
     total_G = tl.zeros((BLOCK_G,), tl.float32)
     acc_GD = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    if WRITE:
+    if WRITE:  # noqa: SIM102  (known when the kernel is compiled, the next one when it runs)
         if part == 0:
             key, value = own_token(row, kv_head, k_weight, k_bias, k_epsilon, cos, sin, k_offset, k_stride, v_offset,
                                    v_stride, D, BLOCK_D, HALF, K_NORM)  # fmt: skip
@@ -174,7 +176,7 @@ def attend_tokens_kernel(
         pool + kv_head * D * _PAGE, table, begin, tl.minimum(begin + length, last_page), end, score_scale, page_values,
         kv_values, D, BLOCK_D, PAGES, ALIBI,
     )  # fmt: skip
-    if SPLIT:
+    if SPLIT:  # noqa: SIM102
         if used > 1:
             counter = counters + t * tl.num_programs(1) + kv_head
             base = (t * tl.num_programs(1) + kv_head) * most_parts
@@ -218,7 +220,8 @@ def attend_rows_kernel(
     first, last = tl.min(tl.where(token_G, first_G, 2147483647)), tl.max(end_G)
     highest_G, total_G, acc_GD = _attend_pages(
         q_GD, slope_G, place_G, first_G, end_G, highest_G, total_G, acc_GD, pool + (head // GROUP) * D * _PAGE,
-        table, first // _PAGE, tl.cdiv(last, _PAGE), last, score_scale, page_values, kv_values, D, BLOCK_D, PAGES, ALIBI,
+        table, first // _PAGE, tl.cdiv(last, _PAGE), last, score_scale, page_values, kv_values, D, BLOCK_D, PAGES,
+        ALIBI,
     )  # fmt: skip
     total_G = tl.where(token_G, total_G, 1.0)
     tl.store(y + at, (acc_GD / total_G[:, None]).to(y.dtype.element_ty), mask=inside)
@@ -243,12 +246,11 @@ def is_wide(rows: Tensor, pool: Tensor) -> bool:
 
 def tile_of(head_dim: int, wide: bool, of_rows: bool) -> dict[str, int]:
     """Pages of a step, warps and stages of a program that attends: as many as registers and shared memory hold."""
-    pages = 4 if head_dim <= 64 or not (wide or of_rows or head_dim > 128) else 2
-    return {
-        "PAGES": 1 if wide and head_dim > 128 else pages,
-        "num_warps": 4 if head_dim <= 128 else 8,
-        "num_stages": 2,
-    }
+    if wide:
+        pages = 1 if head_dim > (64 if of_rows else 128) else 2
+    else:
+        pages = 2 if head_dim > (64 if of_rows else 128) else 4
+    return {"PAGES": pages, "num_warps": 4 if head_dim <= 128 else 8, "num_stages": 2}
 
 
 def attend_tokens(
@@ -266,8 +268,8 @@ def attend_tokens(
     attend_tokens_kernel[rows, attention.kv_heads, parts](
         qkv_TN, pool, out_TN, places_T, sequences_T, table, *head_tensors(attention, cos_TR, sin_TR, qkv_TN), slopes,
         part_values, part_sums, counters, *head_numbers(qkv_TN, pool, table, attention), attention.scale,
-        attention.window or ALL_PLACES, parts, **head_blocks(attention), ALIBI=attention.slopes is not None, WRITE=write,
-        SPLIT=parts > 1, **tile_of(attention.head_dim, wide, False), **FUSED,
+        attention.window or ALL_PLACES, parts, **head_blocks(attention), ALIBI=attention.slopes is not None,
+        WRITE=write, SPLIT=parts > 1, **tile_of(attention.head_dim, wide, False), **FUSED,
     )  # fmt: skip
 
 
