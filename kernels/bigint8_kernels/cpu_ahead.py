@@ -34,8 +34,8 @@ def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dty
     """Compile, or load from numba's cache, every kernel that loads weights of these dtypes and runs steps with them.
 
     `dtypes` are those that checkpoints store: float16, bfloat16 and float32; none for weights that are int8 already.
-    `pools` are the dtypes of keys and values, of the same three. Returns how many seconds it took. May be called from any thread, and from several processes at once.
-    Raises TypeError for other dtypes.
+    `pools` are the dtypes of keys and values, of the same three. Returns how many seconds it took. May be called from
+    any thread, and from several processes at once. Raises TypeError for other dtypes.
     """
     start = time.perf_counter()
     compilations: dict[str, Callable[[], None]] = {}
