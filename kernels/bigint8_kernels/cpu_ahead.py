@@ -17,6 +17,7 @@ from . import (
     cpu,
     cpu_attention,
     cpu_float,
+    cpu_pages,
     cpu_product,
     cpu_program,
     cpu_prompt,
@@ -49,9 +50,8 @@ def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dty
             "copy": partial(_compile_copies, stored),
             "quantize_columns": partial(_compile_transposed, stored),
         }
-    kernels = [
-        kernel for dtype in pooled for kernel in reversed(cpu_attention.KERNELS[dtype])
-    ]  # the longest come first
+    kernels = [cpu_attention.ATTEND[dtype] for dtype in pooled]  # these take longest
+    kernels += [*(cpu_pages.PREPARE[dtype] for dtype in pooled), cpu_attention.add_chunks]
     kernels += [cpu_product.multiply, cpu.to_int16, cpu.to_int8, cpu.to_int8_without]
     kernels += [cpu_rows.add_norm, cpu_rows.activate, cpu_prompt.to_int8_by_token, cpu_prompt.add_outliers]
     if cpu.has_int8_dot():

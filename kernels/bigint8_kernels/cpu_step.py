@@ -19,20 +19,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_attention, cpu_float, cpu_product, cpu_rows
-from .cpu_attention import AttentionWork
+from . import cpu, cpu_attention, cpu_float, cpu_pages, cpu_product, cpu_rows
+from .cpu_attention import CHUNK, RESULTS
+from .cpu_pages import AttentionWork
 from .cpu_program import Program
 from .cpu_prompt import Prompt
 from .cpu_rows import ACTIVATIONS, ActivationWork, NormWork, Rows, Table
 from .cpu_threads import Kernel, Work
 from .reference import BLOCK
-from .step import Activation, Attention, Batch, Linear, Norm, pool_shape
+from .step import PAGE, Activation, Attention, Batch, Linear, Norm, pool_shape
 
 ALIGNMENT = 64
 """Rows begin with a cache line, so that no vector lies in two where the width is a multiple of 16."""
 
 PART_BYTES = 2**18
 """Weights of a part of a product: threads that wait for each other wait for at most one part."""
+
+SPLIT_TILES_A_THREAD = 4
+"""Tiles of attention for each thread, up to which threads share tiles: with more, each thread has enough of them."""
 
 PARTS_A_THREAD = 4
 """Parts of a product, and of attention, for each thread at most: what one is late with, another takes."""
@@ -50,6 +54,7 @@ class CpuStep:
         self._prompts: list[tuple[int, bool, Prompt]] = []
         self._kept: list[Tensor] = []
         self._has_rotation = False
+        self._most_split, self._split = 0, torch.empty(0)
 
     def rows(self, name: str, width: int) -> Tensor:
         """The memory of a name: float32 (most_rows, width), the same for the same name and width."""
@@ -171,21 +176,22 @@ class CpuStep:
                 setattr(work, f"{name}_centered", int(norm.centered))
                 setattr(work, f"{name}_epsilon", norm.epsilon)
         self._kept.append(pool)
-        prepare, attend = cpu_attention.KERNELS[pool.dtype]
-        self._program.add([(prepare, work, self._program.threads)])
-        self._program.add([(attend, work, PARTS_A_THREAD * self._program.threads)])
+        threads = self._program.threads
+        self._program.add([(cpu_pages.PREPARE[pool.dtype], work, threads)])
+        self._program.add([(cpu_attention.ATTEND[pool.dtype], work, PARTS_A_THREAD * threads)])
+        if threads > 1:
+            work.most_split = self._most_split = SPLIT_TILES_A_THREAD * threads
+            self._program.add([(cpu_attention.add_chunks, work, threads)])
         return out_TN
 
     def _check(self, attention: Attention, pool: Tensor) -> None:
-        if pool.dtype not in cpu_attention.KERNELS:
+        if pool.dtype not in cpu_pages.PREPARE:
             raise TypeError(f"a pool on the CPU is float32, float16 or bfloat16, not {pool.dtype}")
         shape = pool_shape(pool.shape[0], attention)
         if pool.shape != shape or not pool[:1].is_contiguous():
             raise ValueError(f"a pool {tuple(pool.shape)}, where {shape} with contiguous pages belongs")
-        if attention.head_dim > cpu_attention.MOST_HEAD_DIM:
-            raise ValueError(
-                f"heads of {attention.head_dim} values; the CPU's kernels take {cpu_attention.MOST_HEAD_DIM}"
-            )
+        if attention.head_dim > cpu_pages.MOST_HEAD_DIM:
+            raise ValueError(f"heads of {attention.head_dim} values; the CPU's kernels take {cpu_pages.MOST_HEAD_DIM}")
         self._has_rotation |= attention.rotated > 0
 
     def activate(self, x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
@@ -200,6 +206,13 @@ class CpuStep:
         return y_TF
 
     # --- addresses ---
+
+    def _results(self, chunks: int) -> int:
+        """Memory for attention whose tiles are split into chunks; only what is written to takes any."""
+        values = self._most_split * chunks * RESULTS
+        if values > self._split.numel():
+            self._split = torch.empty(values)
+        return self._split.data_ptr()
 
     def _keep(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().contiguous()
@@ -235,6 +248,8 @@ class CpuStep:
         state.cos, state.sin = (0 if t is None else t.data_ptr() for t in turns)
         for table, pages in zip(self._tables, tables, strict=False):
             table.pages, table.width = pages.data_ptr(), pages.shape[1]
+        chunks = max(-(-table.width * PAGE // CHUNK) for table in self._tables) if self._tables else 0
+        state.results = self._results(chunks)
         self._run(batch.rows, batch.few)
 
     def run_rows(self, rows: int, few: int | None = None) -> None:
