@@ -264,7 +264,7 @@ class ModelPipeline:
         if self._generator is None:
             from .run.generate import Generator
 
-            self._generator = Generator(self.engine, self.text, self.plan, self.model.generation_config)
+            self._generator = Generator(self.engine, self.read_text, self.plan, self.model.generation_config)
         return self._generator
 
     def generate(self, prompts: Any, generation_config: Any = None, **settings: Any) -> "list[Answer]":
