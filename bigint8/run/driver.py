@@ -97,14 +97,12 @@ class PagedCache(Cache):
             return torch.ones(batch, columns, dtype=torch.bool)
         if mask.shape != (batch, past + columns):
             raise BigInt8Error(
-                f"attention_mask {tuple(mask.shape)}: {batch} sequences have {past} tokens before these {columns}, so it "
-                f"must be {(batch, past + columns)}"
+                f"attention_mask {tuple(mask.shape)}: {batch} sequences have {past} tokens before these {columns}, so "
+                f"it must be {(batch, past + columns)}"
             )
         tokens = mask.cpu() != 0
         if self._tokens_BP is not None and not torch.equal(tokens[:, :past], self._tokens_BP):
-            raise BigInt8Error(
-                "attention_mask: it masks other earlier tokens than before; start without past_key_values"
-            )
+            raise BigInt8Error("attention_mask: it masks other earlier tokens than before; drop past_key_values")
         return tokens[:, past:]
 
     def _positions(self, tokens_BT: Tensor, positions: Tensor | None, from_mask: bool) -> Tensor:
