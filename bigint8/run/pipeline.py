@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from ..model.step import Result, Step
     from .answers import Answers
     from .packed import CacheKey
-    from .spans import Span, StageStats
-    from .worker import LoadStage, WorkerInfo
+    from .spans import Span, WorkerStats
+    from .worker import WorkerInfo
 
 START_SECONDS = 180
 """How long a cluster may take to give us workers."""
@@ -55,13 +55,12 @@ class Pipeline:
         workers: int | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         spec: ModelSpec | None = None,
-        load_stage: "LoadStage | None" = None,
     ) -> None:
         """Start `workers` actors: by default one for each GPU of the cluster, or one on a CPU if it has none.
 
         By default the cluster is a new one that listens on loopback only. `spec` is that of the model they will load,
-        if it is known: they prepare for it at once. `load_stage` loads a stage on a worker instead of `RunningStage`.
-        Raises WorkerError if the cluster cannot be reached or has too few GPUs or CPUs.
+        if it is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
+        GPUs or CPUs.
         """
         self._started_ray = False
         self._group: Any = None
@@ -70,7 +69,7 @@ class Pipeline:
         self.loads = 0
         self._ids = itertools.count()
         self._restarting = threading.Lock()  # sequences in several threads may see the same worker die
-        self._spec, self._load_stage = spec, load_stage
+        self._spec = spec
         self._secret, self._epoch = new_secret(), 0
         self._answers: Answers | None = None
         self.infos: list[WorkerInfo] = []
@@ -113,7 +112,7 @@ class Pipeline:
                 placement_group=self._group, placement_group_bundle_index=bundle
             ),
         )
-        return actor.remote(self.kind, self._spec, self._load_stage)
+        return actor.remote(self.kind, self._spec)
 
     def devices(self) -> list[Device]:
         """A device for each worker, in order; CPU workers of one box share its memory equally."""
@@ -232,9 +231,9 @@ class Pipeline:
                         raise
         return sorted(i for i in emptied if i < self.count)
 
-    def stats(self) -> "list[StageStats]":
+    def stats(self) -> "list[WorkerStats]":
         """What each stage has done so far. Raises WorkerDied."""
-        return cast("list[StageStats]", self._get([w.stats.remote() for w in self._workers[: self.count]]))
+        return cast("list[WorkerStats]", self._get([w.stats.remote() for w in self._workers[: self.count]]))
 
     def trace(self, on: bool) -> None:
         """Let the workers begin to keep spans, or end it."""

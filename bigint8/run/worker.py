@@ -7,7 +7,6 @@ a worker imports them in the background, while others start.
 import os
 import socket
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,7 @@ if TYPE_CHECKING:
     from ..load.fill import LoadReport
     from .flow import Flow, Place
     from .packed import CacheKey, Packed
-    from .spans import Span, StageStats
-
-LoadStage = Callable[[Plan, int, str, Callable[[int, int], None]], Any]
-"""What loads stage i of a plan onto a device and tells how far it is: something like `running.RunningStage`."""
+    from .spans import Span, WorkerStats
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,9 @@ class WorkerInfo:
 class Worker:
     """The actor that owns one device."""
 
-    def __init__(self, kind: str, spec: ModelSpec | None = None, load_stage: LoadStage | None = None) -> None:
-        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels.
-
-        load_stage: what loads a stage; `RunningStage` does, unless this is given
-        """
-        self._kind, self._load_stage = kind, load_stage
+    def __init__(self, kind: str, spec: ModelSpec | None = None) -> None:
+        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels."""
+        self._kind = kind
         self._device = "cuda:0" if kind == "cuda" else "cpu"
         self._progress = (0, 0)
         self._stage: Any = None
@@ -85,10 +78,9 @@ class Worker:
         def on_progress(done: int, total: int) -> None:
             self._progress = (done, total)
 
-        stage = (self._load_stage or RunningStage)(plan, index, self._device, on_progress)
+        stage = RunningStage(plan, index, self._device, on_progress)
         self._stage = stage
-        report: LoadReport = stage.report
-        return report
+        return stage.report
 
     def unload(self) -> None:
         """End the links and give the stage's memory back."""
@@ -112,7 +104,7 @@ class Worker:
         self._flow.connect(epoch, next_address)
 
     @ray.method(concurrency_group="control")
-    def stats(self) -> "StageStats | None":
+    def stats(self) -> "WorkerStats | None":
         """What the stage has done so far; None before it has links."""
         return None if self._flow is None else self._flow.tally.stats()
 
