@@ -126,7 +126,8 @@ class Family:
     """One model family: full module names in its transformers model, and its sizes.
 
     `recipe` says how a block computes, None for a config that asks for what fused blocks do not do. `old_names`: from a
-    module's name in older checkpoints to its name here.
+    module's name in older checkpoints to its name here. `masked_positions`: where no positions are given, masked tokens
+    are not counted.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Family:
     project_in: str | None = None
     project_out: str | None = None
     old_names: Mapping[str, str] = field(default_factory=dict)
+    masked_positions: bool = False
 
     def block(self, index: int) -> str:
         """The full name of a block."""

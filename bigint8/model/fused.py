@@ -80,9 +80,7 @@ def run_block(
     return ops.add_norm(x_TH, attended, None), fed
 
 
-def _run_norm_last(
-    ops: Operations, block: FusedBlock, x_TH: Tensor, delta_TH: Tensor | None, pool: Tensor
-) -> Tensor:
+def _run_norm_last(ops: Operations, block: FusedBlock, x_TH: Tensor, delta_TH: Tensor | None, pool: Tensor) -> Tensor:
     """Here each norm's result is the residual stream from there on."""
     if delta_TH is not None:
         x_TH = ops.add_norm(x_TH, delta_TH, None)
@@ -122,9 +120,7 @@ def linear_of(module: nn.Module) -> Linear:
 def join(layers: Sequence[Linear]) -> list[Linear]:
     """One layer for all if their weights, scales and biases each lie one after the other in memory, else these."""
     first = layers[0]
-    weight, scale, bias = (
-        _joined([getattr(layer, part) for layer in layers]) for part in ("weight", "scale", "bias")
-    )
+    weight, scale, bias = (_joined([getattr(layer, part) for layer in layers]) for part in ("weight", "scale", "bias"))
     lacks = {(layer.scale is None, layer.bias is None) for layer in layers}
     settings = {(layer.threshold, layer.activations) for layer in layers}
     if weight is None or lacks != {(scale is None, bias is None)} or len(settings) > 1:

@@ -44,7 +44,7 @@ class RaggedStage(Protocol):
         """One step: T rows of `step.ids` on the first stage, later ones are given hidden states (T, H).
 
         Returns hidden states (T, H) for the next stage; on the last one (R, W): the kept rows, ready for the head. They
-        are float32 on the CPU, elsewhere in the model's dtype. Raises BigInt8Error for more rows than there is room for.
+        are float32 on the CPU, elsewhere in the model's dtype. Raises BigInt8Error for more rows than it has room for.
         """
 
     def logits(self, hidden_RW: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from numba import njit
 from torch import Tensor
 
 from .cpu_product import multiply
-from .cpu_threads import Work, blocks_of, kernel, threads_for, work_at
+from .cpu_threads import Work, blocks_of, kernel, threads_for, tokens_of, work_at
 from .cpu_weights import row_scale
 from .numba_bits import (
     float32_at,
@@ -105,8 +105,8 @@ def to_int8_without(address, part, parts):
 def to_int16(address, part, parts):
     """int16 values, and a scale for each block of a row."""
     work = work_at(address)
-    features, blocks = work.features, blocks_of(work.features)
-    for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
+    tokens, features, blocks = tokens_of(work), work.features, blocks_of(work.features)
+    for t in range(part * tokens // parts, (part + 1) * tokens // parts):
         for b in range(blocks):
             first, count = t * features + b * BLOCK, min(BLOCK, features - b * BLOCK)
             x, q, scale = float32_at(work.x, first), int16_at(work.q, first), float32_at(work.x_scale, t * blocks + b)
@@ -165,7 +165,7 @@ def linear_16bit(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tenso
     work = Work(
         x=x_TK.data_ptr(), q=integers.q, x_scale=integers.x_scale, weight=weight_NK.data_ptr(),
         scale=scale_N.data_ptr(), bias=0 if bias_N is None else bias_N.data_ptr(), y=y_TN.data_ptr(),
-        tokens=tokens, features=features, rows=rows,
+        tokens=tokens, features=features, rows=rows, y_stride=rows,
     )  # fmt: skip
     with threads_for(rows * features * tokens) as parts:
         to_int16(work, parts if tokens > FEW_ROWS else 1)
@@ -181,7 +181,7 @@ def linear_int8(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor
     work = Work(
         x=x_TK.data_ptr(), q=integers.q, x_scale=integers.x_scale, outliers=outliers_K.data_ptr(),
         weight=weight_NK.data_ptr(), scale=scale_N.data_ptr(), bias=0 if bias_N is None else bias_N.data_ptr(),
-        y=y_TN.data_ptr(), tokens=tokens, features=features, rows=rows, threshold=threshold,
+        y=y_TN.data_ptr(), tokens=tokens, features=features, rows=rows, y_stride=rows, threshold=threshold,
     )  # fmt: skip
     with threads_for(rows * features * tokens) as parts:
         _quantize(work, outliers_K, parts if tokens > FEW_ROWS else 1)
@@ -197,7 +197,7 @@ def rescale(address, part, parts):
     scale_N, bias_N = float32_at(work.scale, 0), float32_at(work.bias, 0)
     for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
         x_scale = float32_at(work.x_scale, t)[0]
-        sums_N, y_N = int32_at(work.sums, t * work.rows), float32_at(work.y, t * work.rows)
+        sums_N, y_N = int32_at(work.sums, t * work.rows), float32_at(work.y, t * work.y_stride)
         for n in range(work.rows):
             y = np.float32(sums_N[n]) * (x_scale * scale_N[n])
             y_N[n] = y + bias_N[n] if work.bias else y
@@ -213,6 +213,7 @@ def linear_vnni(x_TK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor
     work = Work(
         x_scale=x_scale_T.data_ptr(), scale=scale_N.data_ptr(), bias=0 if bias_N is None else bias_N.data_ptr(),
         sums=sums_TN.data_ptr(), y=y_TN.data_ptr(), tokens=y_TN.shape[0], rows=y_TN.shape[1],
+        y_stride=y_TN.shape[1],
     )  # fmt: skip
     with threads_for(sums_TN.numel()) as parts:
         rescale(work, parts)

@@ -16,7 +16,7 @@ Dimensions: T tokens, K input features, N output features, B blocks of K.
 import numpy as np
 from numba import njit
 
-from .cpu_threads import blocks_of, kernel, work_at
+from .cpu_threads import blocks_of, kernel, tokens_of, work_at
 from .numba_bits import float32_at, int8_at, int16_at
 from .numba_vectors import (
     STEP,
@@ -106,7 +106,7 @@ def _finish(work, dot, t, n):
     y *= float32_at(work.scale, n)[0]
     if work.bias:
         y += float32_at(work.bias, n)[0]
-    float32_at(work.y, t * work.rows + n)[0] = y
+    float32_at(work.y, t * work.y_stride + n)[0] = y
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -151,7 +151,7 @@ def multiply(address, part, parts):
     does not fetch ahead. If the tiles do not divide the rows evenly, a few rows are multiplied twice.
     """
     work = work_at(address)
-    tokens = work.tokens
+    tokens = tokens_of(work)
     start, stop = part * work.rows // parts, (part + 1) * work.rows // parts
     once = tokens // 4 + tokens % 4 == 1  # one tile takes all tokens: W is read through only once, without slices
     slice_rows = max(1, stop - start) if once else max(8, SLICE_BYTES // max(1, work.features))

@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import cfunc, njit, prange, types
 from numba.extending import intrinsic
 
+from .numba_bits import intp_at
 from .reference import BLOCK
 
 PARALLEL_VALUES = 2**20
@@ -37,28 +38,42 @@ class Work(ctypes.Structure):
 
     X is x float32 (T, K). Its integers are q, int16 (T, K) or int8 if `narrow`, with the scales x_scale float32 (T, B).
     The others: outliers bool (K,); weight (N, K); scale float32 (N,); bias float32 (N,), or 0 for none; sums int32
-    (T, N); y float32 (T, N). All are contiguous. An address that no called kernel reads may be 0. Addresses take less
+    (T, N); y float32 (T, N), its rows y_stride values apart. All others are contiguous. An address that no called
+    kernel reads may be 0. Where tokens_at is not 0, T is the integer at that address, not `tokens`. Addresses take less
     time to pass than arrays.
     """
 
     _fields_ = [
         *((name, ctypes.c_ssize_t) for name in ("x", "q", "x_scale", "outliers", "weight", "scale", "bias", "sums")),
         *((name, ctypes.c_ssize_t) for name in ("y", "tokens", "features", "rows", "narrow")),
+        *((name, ctypes.c_ssize_t) for name in ("y_stride", "tokens_at", "columns")),
         ("threshold", ctypes.c_float),
     ]
 
 
-_WORK = numba.from_dtype(np.dtype(Work))
+def record_at(structure: type[ctypes.Structure]) -> Any:
+    """The function of an address, for kernels, that returns the structure there."""
+    kind = numba.from_dtype(np.dtype(structure))
+
+    @intrinsic
+    def structure_at(typingctx, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return kind(types.intp), codegen
+
+    return structure_at
 
 
-@intrinsic
-def work_at(typingctx, address):
-    """The Work at an address."""
+work_at = record_at(Work)
 
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return _WORK(types.intp), codegen
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def tokens_of(work):
+    """T of a Work."""
+    if work.tokens_at:
+        return intp_at(work.tokens_at, 0)[0]
+    return work.tokens
 
 
 @intrinsic
@@ -117,9 +132,14 @@ class Kernel:
                 self._compiled = compiler(self._function)
             return self._compiled
 
-    def __call__(self, work: Work, parts: int) -> None:
+    @property
+    def address(self) -> int:
+        """Where its machine code is."""
+        return int((self._compiled or self.compile()).address)
+
+    def __call__(self, work: ctypes.Structure, parts: int) -> None:
         """Do all parts, each on its own thread. More than one part is allowed only within `threads_for`."""
-        address = (self._compiled or self.compile()).address
+        address = self.address
         if parts == 1:
             _call_once(address, addressof(work))
         else:
@@ -131,23 +151,28 @@ def kernel(function: Callable[..., None] | None = None, **options: Any) -> Any:
     return Kernel(function, **options) if function else partial(Kernel, **options)
 
 
+def most_threads() -> int:
+    """How many threads a kernel may use."""
+    return min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+
+
 class threads_for:
     """`with threads_for(values) as parts`: the number of threads for a kernel over so many values, at most torch's.
 
     If there are several, numba is set to that number, and no other thread starts a parallel kernel meanwhile.
+    With `parts`, that is the number, whatever the values are; of more than numba has, some do their share later.
     """
 
-    def __init__(self, values: int) -> None:
-        self._parts = 1
-        if values >= PARALLEL_VALUES:
-            self._parts = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+    def __init__(self, values: int, parts: int | None = None) -> None:
+        self._parts = parts or (most_threads() if values >= PARALLEL_VALUES else 1)
 
     def __enter__(self) -> int:
         if self._parts > 1:
             _numba_lock.acquire()
-            if getattr(_numba_threads, "count", None) != self._parts:
-                numba.set_num_threads(self._parts)
-                _numba_threads.count = self._parts
+            count = min(self._parts, int(numba.config.NUMBA_NUM_THREADS))
+            if getattr(_numba_threads, "count", None) != count:
+                numba.set_num_threads(count)
+                _numba_threads.count = count
         return self._parts
 
     def __exit__(self, *_: object) -> None:

@@ -19,13 +19,16 @@ import threading
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from .gpu_tiles import OLDEST
 from .reference import Activations
+
+if TYPE_CHECKING:
+    from .cpu_step import CpuStep
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -62,6 +65,15 @@ def compile_cpu_kernels(dtypes: Iterable[torch.dtype]) -> float:
     from . import cpu_ahead
 
     return cpu_ahead.compile_cpu_kernels(dtypes)
+
+
+def recorder(device: torch.device, most_rows: int) -> "CpuStep | None":
+    """What records the operations of a step on a device for up to `most_rows` rows, and runs them; None for none."""
+    if device.type != "cpu":
+        return None
+    from .cpu_step import CpuStep
+
+    return CpuStep(most_rows)
 
 
 def missing_to_launch() -> str | None:

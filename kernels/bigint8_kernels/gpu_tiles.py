@@ -26,7 +26,7 @@ outputs, 8 blocks an SM: 1536, 6144, 512 and 1376 programs are 2.3, 9.4, 0.8 and
 an SM, K is split.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ an SM, at 128 registers, have 32 KB on their way. An RTX 3090 brings 6.7 bytes a
 FLOAT32_GEMV_TILE = GemvTile(16, 16, 64, 4, 1)
 """For a few rows of float32 X, which no tensor core multiplies exactly."""
 
+FEW_ROW_GEMV_TILES = (GEMV_TILES[16], GemvTile(16, 32, 256, 4, 3), GemvTile(16, 16, 256, 2, 4))
+"""For several rows where K is not split: fewer outputs a program where these are so few that SMs would have none."""
+
 MOST_SPLITS = 8
 
 WARPS_WANTED = 8
@@ -153,6 +156,25 @@ def matmul_tiles(
 def gemv_tile(rows: int, is_float32: bool = False) -> GemvTile:
     """The tile for a few rows."""
     return GEMV_TILES[1] if rows == 1 else FLOAT32_GEMV_TILE if is_float32 else GEMV_TILES[16]
+
+
+def whole_gemv_tile(rows: int, outputs: int, features: int, is_float32: bool, processors: int) -> GemvTile:
+    """The tile for a few rows where K is not split: one launch, however few outputs there are.
+
+    One row: a program has so many warps, each with its part of a step, that an SM has eight, as far as K allows.
+    """
+    tile = gemv_tile(rows, is_float32)
+    if rows == 1:
+        while (
+            outputs // tile.outputs * tile.warps < WARPS_WANTED * processors
+            and 2 * tile.depth <= features
+            and tile.warps < 16
+        ):
+            tile = replace(tile, depth=2 * tile.depth, warps=2 * tile.warps)
+    elif not is_float32:
+        fitting = (tile for tile in FEW_ROW_GEMV_TILES if -(-outputs // tile.outputs) >= processors)
+        tile = next(fitting, FEW_ROW_GEMV_TILES[-1])
+    return tile
 
 
 def split_of(programs: int, warps: int, processors: int, steps: int) -> int:

@@ -125,3 +125,6 @@ float32_at, int8_at, int16_at = _values(types.float32), _values(types.int8), _va
 
 uint8_at, uint16_at, int32_at = _values(types.uint8), _values(types.uint16), _values(types.int32)
 """The same for bool, for the bits of float16, and for sums of products."""
+
+intp_at = _values(types.intp)
+"""The same for numbers of rows."""

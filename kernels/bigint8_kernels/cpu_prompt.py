@@ -1,0 +1,126 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators
+"""Rows of a prompt through int8 layers on the CPU, each token by itself: `reference.int8_linear_by_token`.
+
+A token's outliers are single values of its own row. They are zero among its integers, and are added afterwards in the
+order of k, one weight column a value. So no token's result depends on the others, to the last bit.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cpu_product
+from .cpu import has_int8_dot, rescale
+from .cpu_threads import Work, blocks_of, kernel, threads_for, work_at
+from .cpu_weights import row_scale
+from .numba_bits import float32_at, int8_at, int16_at, intp_at, magnitude, magnitude_to_float32, round_to_int8
+from .reference import BLOCK
+from .step import Linear
+
+
+@kernel
+def to_int8_by_token(address, part, parts):
+    """int8 values and scales of rows, each row's outliers left out; marks the columns with outliers."""
+    work = work_at(address)
+    features, blocks = work.features, blocks_of(work.features)
+    outliers_K = int8_at(work.outliers, 0)
+    most = work.threshold if work.threshold > 0 else np.float32(np.inf)
+    for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
+        x_K, q_K = float32_at(work.x, t * features), int16_at(work.q, t * features)
+        largest = np.uint32(0)
+        for k in range(features):
+            m = magnitude(x_K[k]) if abs(x_K[k]) < most else np.uint32(0)
+            largest = max(largest, m)
+        scale, inverse = row_scale(magnitude_to_float32(largest, x_K[0]))
+        x_scale_B = float32_at(work.x_scale, t * blocks)
+        for b in range(blocks):
+            x_scale_B[b] = scale
+        for k in range(features):
+            if abs(x_K[k]) >= most:
+                outliers_K[k] = 1
+        if work.narrow:
+            narrow_K = int8_at(work.q, t * features)
+            for k in range(features):
+                narrow_K[k] = round_to_int8(x_K[k] * inverse if abs(x_K[k]) < most else np.float32(0.0))
+        else:
+            for k in range(features):
+                q_K[k] = round_to_int8(x_K[k] * inverse if abs(x_K[k]) < most else np.float32(0.0))
+
+
+@kernel
+def add_outliers(address, part, parts):
+    """Y plus each token's outliers times their columns of the weight, gathered: int8 (C, N). `outliers`: int64 (C,)."""
+    work = work_at(address)
+    scale_N = float32_at(work.scale, 0)
+    for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
+        x_K, y_N = float32_at(work.x, t * work.features), float32_at(work.y, t * work.y_stride)
+        for c in range(work.columns):
+            x = x_K[intp_at(work.outliers, c)[0]]
+            if abs(x) >= work.threshold:
+                w_N = int8_at(work.weight, c * work.rows)
+                for n in range(work.rows):
+                    y_N[n] += x * (np.float32(w_N[n]) * scale_N[n])
+
+
+class Prompt:
+    """Several layers of the same X, for the rows of a step that are of prompts: what a `CpuStep` runs between kernels."""
+
+    def __init__(self, x_TK: Tensor) -> None:
+        self._x, self._layers = x_TK, list[tuple[Linear, Tensor]]()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def add(self, layer: Linear, y_TN: Tensor) -> None:
+        """A layer whose bias is float32, and where its outputs go: a slice of wider rows."""
+        self._layers.append((layer, y_TN))
+
+    def __call__(self, first: int, last: int) -> None:
+        """Compute the rows from first to last."""
+        x_TK = self._x[first:last]
+        integers: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
+        for layer, y_TN in self._layers:
+            if layer.threshold not in integers:
+                integers[layer.threshold] = quantize_by_token(x_TK, layer.threshold)
+            _multiply(x_TK, *integers[layer.threshold], layer, y_TN[first:last])
+
+
+def quantize_by_token(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers of float32 X (T, K), int8 with VNNI, else int16; scales (T, B), all of a row alike; outlier columns (C,)."""
+    tokens, features = x_TK.shape
+    narrow = has_int8_dot() and features > 1  # torch mistakes a single column for a row and multiplies wrongly
+    q_TK = torch.empty(tokens, features, dtype=torch.int8 if narrow else torch.int16)
+    x_scale_TB = torch.empty(tokens, -(-features // BLOCK))
+    outliers_K = torch.zeros(features, dtype=torch.bool)
+    work = Work(
+        x=x_TK.data_ptr(), q=q_TK.data_ptr(), x_scale=x_scale_TB.data_ptr(), outliers=outliers_K.data_ptr(),
+        tokens=tokens, features=features, narrow=int(narrow), threshold=threshold,
+    )  # fmt: skip
+    with threads_for(x_TK.numel()) as parts:
+        to_int8_by_token(work, parts)
+    return q_TK, x_scale_TB, outliers_K.nonzero().squeeze(1)
+
+
+def _multiply(x_TK: Tensor, q_TK: Tensor, x_scale_TB: Tensor, columns_C: Tensor, layer: Linear, y_TN: Tensor) -> None:
+    """Y, a slice of wider rows, from the integers of X and its outliers."""
+    assert layer.scale is not None
+    (tokens, features), rows = x_TK.shape, layer.weight.shape[0]
+    work = Work(
+        x=x_TK.data_ptr(), q=q_TK.data_ptr(), weight=layer.weight.data_ptr(), scale=layer.scale.data_ptr(),
+        bias=0 if layer.bias is None else layer.bias.data_ptr(), y=y_TN.data_ptr(), y_stride=y_TN.stride(0), tokens=tokens,
+        features=features, rows=rows, threshold=layer.threshold, columns=len(columns_C),
+    )  # fmt: skip
+    if q_TK.dtype == torch.int8:
+        sums_TN, x_scale_T = torch._int_mm(q_TK, layer.weight.T).contiguous(), x_scale_TB[:, 0].contiguous()
+        work.sums, work.x_scale = sums_TN.data_ptr(), x_scale_T.data_ptr()
+        with threads_for(sums_TN.numel()) as parts:
+            rescale(work, parts)
+    else:
+        work.x_scale = x_scale_TB.data_ptr()
+        with threads_for(rows * features * tokens) as parts:
+            cpu_product.multiply(work, parts)
+    if len(columns_C):
+        w_CN = layer.weight.index_select(1, columns_C).T.contiguous()
+        work.weight, work.outliers = w_CN.data_ptr(), columns_C.data_ptr()
+        with threads_for(tokens * rows * len(columns_C)) as parts:
+            add_outliers(work, parts)
