@@ -121,6 +121,10 @@ class _Epoch:
             link.close()
 
 
+_LAST = 2**62
+"""The epoch of a flow that is closed."""
+
+
 class Flow:
     """A loaded stage and its links. `listen`, then `connect`; `connect` again under the next epoch; `close`."""
 
@@ -174,8 +178,8 @@ class Flow:
         """End the links and the thread that computes, after the step that it is at."""
         if self._door is not None:
             self._door.close()
+        self._enter(_LAST)
         self._inbox.close()
-        self._now.close()
         self._thread.join()
 
     def _enter(self, epoch: int) -> None:

@@ -6,6 +6,7 @@ a worker imports them in the background, while others start.
 
 import os
 import socket
+import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,12 @@ from .doors import LOOPBACK, Address
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
     from .flow import Flow, Place
-    from .packed import CacheKey, Packed
     from .spans import Span, WorkerStats
+
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread of a worker may go on in Python while another one waits, such as the one that receives. Python's own
+5 ms are as long as a small stage computes."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Worker:
 
     def __init__(self, kind: str, spec: ModelSpec | None = None) -> None:
         """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._kind = kind
         self._device = "cuda:0" if kind == "cuda" else "cpu"
         self._progress = (0, 0)
@@ -124,33 +130,9 @@ class Worker:
         """Bytes read so far and in all; (0, 0) before reading begins."""
         return self._progress
 
-    def forward(
-        self,
-        inputs: "Packed",
-        key: "CacheKey | None",
-        mask: "Packed | None",
-        positions: "Packed | None",
-        keep: "int | Packed | None",
-    ) -> "Packed":
-        """One step of this stage."""
-        packed: Packed = self._loaded().step(inputs, key, mask, positions, keep)
-        return packed
-
-    def head(self, hidden: "Packed") -> "Packed":
-        """Logits of the last stage's hidden states, where the head lives with the embeddings."""
-        packed: Packed = self._loaded().head(hidden)
-        return packed
-
-    def drop(self, cache_id: int) -> None:
-        """Forget a batch of sequences."""
-        if self._stage is not None:
-            self._stage.drop(cache_id)
-
     def _loaded(self) -> Any:
-        if self._stage is None:  # a step came between this worker's start and its load
-            from .packed import SequenceLost
-
-            raise SequenceLost(f"the worker in process {os.getpid()} has not loaded its stage yet")
+        if self._stage is None:
+            raise WorkerError(f"the worker in process {os.getpid()} has not loaded its stage yet")
         return self._stage
 
 
