@@ -90,12 +90,12 @@ def _run_norm_last(ops: Operations, block: FusedBlock, x_TH: Tensor, delta_TH: T
 
 def _attend(ops: Operations, block: FusedBlock, normed_TH: Tensor, pool: Tensor) -> Tensor:
     qkv_TN = ops.linear(normed_TH, block.qkv, "qkv")
-    return ops.linear(ops.attend(qkv_TN, block.attention, pool), [block.out], "attended")
+    return ops.linear(ops.attend(qkv_TN, block.attention, pool), [block.out], "out")
 
 
 def _feed_forward(ops: Operations, block: FusedBlock, normed_TH: Tensor) -> Tensor:
     up_TN = ops.linear(normed_TH, block.up, "up")
-    return ops.linear(ops.activate(up_TN, block.activation, block.gated), [block.down], "fed")
+    return ops.linear(ops.activate(up_TN, block.activation, block.gated), [block.down], "down")
 
 
 # --- from modules to data ----------------------------------------------------------------------------------------

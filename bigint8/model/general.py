@@ -6,6 +6,7 @@ blocks, int8 layers choose their activations by the number of rows, and outliers
 token's values depend a little on what runs with it.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -98,7 +99,7 @@ class _RaggedAttention:
         self.device = room.device
         self._windows, self._room = windows, room
         self._asked: dict[int, Attention] = {}
-        self._rows: list[Rows] = []
+        self._rows: dict[Attention, Rows] = {}
         self._pools: Pools | None = None
 
     @property
@@ -116,11 +117,16 @@ class _RaggedAttention:
             )
         asked = [self._asked[index] for index in range(len(self._windows))]
         self._pools = Pools(asked, self._room)
-        self._rows = [self._rows_of(attention, self._pools.of(i)) for i, attention in enumerate(asked)]
 
     def _rows_of(self, attention: Attention, pool: Tensor) -> Rows:
-        width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
-        return Rows(lambda ops, x_TN: ops.attend(x_TN, attention, pool), width, self._room.most_rows, pool.device)
+        """What runs this attention: the same for all blocks that attend alike, since it has memory of its own."""
+        alike = replace(attention, slopes=None)
+        if alike not in self._rows:
+            width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+            self._rows[alike] = Rows(
+                lambda ops, x_TN: ops.attend(x_TN, attention, pool), width, self._room.most_rows, pool.device
+            )
+        return self._rows[alike]
 
     def attend(self, block: int, heads_TN: Tensor, attention: Attention) -> Tensor:
         """The results (T, heads * D) for rows that hold q, k and v of all heads, side by side."""
@@ -128,8 +134,11 @@ class _RaggedAttention:
             self._asked[block] = attention
             return heads_TN[:, : attention.heads * attention.head_dim]
         assert self.batch is not None
+        pool, first = self._pools.together(block)
+        tables = tuple(torch.where(table < 0, table, table + first) for table in self.batch.tables)
         rows_TN = heads_TN.float() if heads_TN.device.type == "cpu" else heads_TN.clone()
-        return self._rows[block].run(self.batch, rows_TN).to(heads_TN.dtype, copy=True)
+        attended_TN = self._rows_of(attention, pool).run(replace(self.batch, tables=tables), rows_TN)
+        return attended_TN.to(heads_TN.dtype, copy=True)
 
     def window(self, block: int, told: int | None) -> tuple[int | None, int]:
         """The block's window and group. Raises BigInt8Error if that is not what the model says."""

@@ -60,7 +60,7 @@ class Pools:
 
     def __init__(self, attentions: Sequence[Attention], room: Room) -> None:
         """Zeros: what is read beside a token's own keys must be finite."""
-        self._places: list[tuple[int, int]] = []
+        self._pages, self._places = room.pages, list[tuple[int, int]]()
         count = [0] * len(room.pages)
         for attention in attentions:
             self._places.append((attention.group, count[attention.group]))
@@ -75,6 +75,11 @@ class Pools:
         """The pool of one block, as `pool_shape` says."""
         group, index = self._places[block]
         return self._groups[group][index]
+
+    def together(self, block: int) -> tuple[Tensor, int]:
+        """One pool of all blocks of this block's group, and how many of its pages come before this block's."""
+        group, index = self._places[block]
+        return self._groups[group].flatten(0, 1), index * self._pages[group]
 
     def copy(self, copies: Ints) -> None:
         """Copy pages, (C, 3): group, from, to. All are read before any is written."""

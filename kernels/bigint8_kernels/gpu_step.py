@@ -75,8 +75,9 @@ def _linear_16bit(x_TK: Tensor, layers: Sequence[Linear], y_TN: Tensor, gpu: Gpu
             y.copy_(generic.int8_linear(x_TK, layer.weight, layer.scale, layer.bias, layer.threshold, "16bit"))
         return
     x_TK, columns = round_to_16bit(x_TK), _columns(layers, y_TN)
-    for start in range(0, len(columns), MOST_LAYERS):
-        some = columns[start : start + MOST_LAYERS]
+    together = 1 if rows > 1 and x_TK.dtype == torch.float32 else MOST_LAYERS  # its kernel has no register to spare
+    for start in range(0, len(columns), together):
+        some = columns[start : start + together]
         outputs = sum(len(layer.weight) for layer, _ in some)
         tile = _tile(rows, outputs, features, x_TK.dtype == torch.float32, gpu.processors)
         int8_gemv_side_by_side(x_TK, [(layer.weight, scale_of(layer), layer.bias) for layer, _ in some], tile, some[0][1])
@@ -114,10 +115,12 @@ def counters_of(device: torch.device) -> Tensor:
     return _counters[device, stream]
 
 
-def attend(qkv_TN: Tensor, attention: Attention, pool: Tensor, batch: Batch, gpu: Gpu) -> Tensor:
+def attend(
+    qkv_TN: Tensor, attention: Attention, pool: Tensor, batch: Batch, tiles: Tensor | None, gpu: Gpu
+) -> Tensor:
     """`reference_step` of the attention of a step: writes keys and values to the pool; (T, heads * D) in X's dtype.
 
-    A step of as many sequences as rows, all of generated tokens, has one row of each: one launch does it all.
+    `tiles` are those of the rows of prompts (`triton_attention.row_tiles`), None without such rows. A step of as many sequences as rows, all of generated tokens, has one row of each: one launch does it all.
     """
     rows, few = batch.rows, batch.few
     out_TN = torch.empty(rows, attention.heads * attention.head_dim, dtype=qkv_TN.dtype, device=qkv_TN.device)
@@ -134,6 +137,6 @@ def attend(qkv_TN: Tensor, attention: Attention, pool: Tensor, batch: Batch, gpu
     if few:
         plain = replace(attention, rotated=0, q_norm=None, k_norm=None, q=(0, attention.head_dim))
         attend_tokens(q_TN[:few], plain, pool, *where, None, None, counters, False, gpu.processors, out_TN)
-    if few < rows:
-        attend_rows(q_TN, attention, pool, *where, few, out_TN)
+    if tiles is not None:
+        attend_rows(q_TN, attention, pool, *where, tiles, out_TN)
     return out_TN

@@ -17,6 +17,7 @@ from . import gpu_step, triton_activation, triton_norm
 from .generic import float_linear
 from .gpu import gpu_of
 from .step import Activation, Attention, Batch, Linear, Norm
+from .triton_attention import is_wide, row_tiles, rows_of_a_tile
 
 _library = torch.library.Library("bigint8", "FRAGMENT")
 
@@ -97,13 +98,14 @@ def _attend(
     angles: Sequence[Tensor | None],
     norms: Sequence[Tensor | None],
     slopes: Tensor | None,
+    tiles: Tensor | None,
     numbers: Sequence[int],
     reals: Sequence[float],
     few: int,
 ) -> Tensor:
     batch = Batch(places, sequences, (table,), few, *angles)
     with _on(qkv):
-        return gpu_step.attend(qkv, _unpacked(norms, slopes, numbers, reals), pool, batch, gpu_of(qkv.device))
+        return gpu_step.attend(qkv, _unpacked(norms, slopes, numbers, reals), pool, batch, tiles, gpu_of(qkv.device))
 
 
 def _packed(attention: Attention) -> tuple[list[Tensor | None], Tensor | None, list[int], list[float]]:
@@ -130,9 +132,9 @@ def _unpacked(
 
 _define(
     "attend(Tensor qkv, Tensor(a!) pool, Tensor places, Tensor sequences, Tensor table, Tensor?[] angles, "
-    "Tensor?[] norms, Tensor? slopes, int[] numbers, float[] reals, int few) -> Tensor",
+    "Tensor?[] norms, Tensor? slopes, Tensor? tiles, int[] numbers, float[] reals, int few) -> Tensor",
     _attend,
-    lambda qkv, *given: qkv.new_empty(qkv.shape[0], given[7][0] * given[7][2]),
+    lambda qkv, *given: qkv.new_empty(qkv.shape[0], given[8][0] * given[8][2]),
 )
 
 
@@ -156,6 +158,7 @@ class GpuOperations:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
+        self._tiles: dict[int, Tensor] = {}
 
     def add_norm(self, x_TH: Tensor, delta_TH: Tensor | None, norm: Norm | None, out: str = "normed") -> Tensor:
         if norm is None:
@@ -188,7 +191,18 @@ class GpuOperations:
         where = batch.places_T, batch.sequences_T, batch.tables[attention.group]
         tensors, slopes, numbers, reals = _packed(attention)
         angles = [batch.cos_TR, batch.sin_TR]
-        return torch.ops.bigint8.attend(qkv_TN, pool, *where, angles, tensors, slopes, numbers, reals, batch.few)
+        tiles = self._tiles_of(rows_of_a_tile(is_wide(qkv_TN, pool)))
+        given = (angles, tensors, slopes, tiles, numbers, reals, batch.few)
+        return torch.ops.bigint8.attend(qkv_TN, pool, *where, *given)
+
+    def _tiles_of(self, rows: int) -> Tensor | None:
+        """The tiles of the rows of prompts, which are the same in all blocks."""
+        batch = self.batch
+        if batch.few == batch.rows:
+            return None
+        if rows not in self._tiles:
+            self._tiles[rows] = row_tiles(batch.sequences_T, batch.few, batch.tables[0].shape[0], rows)
+        return self._tiles[rows]
 
     def activate(self, x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
         return torch.ops.bigint8.activate(x_TN, activation, gated)

@@ -54,15 +54,16 @@ def _attend_pages(
     for page in range(begin, stop, PAGES):
         ids = tl.load(table + page + n // _PAGE, mask=page + n // _PAGE < stop, other=0).to(tl.int64)
         place_N = page * _PAGE + n
-        k_at = ids[None, :] * page_values + d[:, None] * _PAGE + (n % _PAGE)[None, :]
+        pages_N = keys + ids * page_values
+        k_at = pages_N[None, :] + (d[:, None] * _PAGE + (n % _PAGE)[None, :])
         k_at = tl.multiple_of(tl.max_contiguous(k_at, (1, _PAGE)), (1, _PAGE))
-        v_at = ids[:, None] * page_values + kv_values + (n % _PAGE)[:, None] * D + d[None, :]
+        v_at = pages_N[:, None] + (kv_values + (n % _PAGE)[:, None] * D + d[None, :])
         if D == BLOCK_D:
-            k_DN = tl.load(keys + k_at)
-            v_ND = tl.load(keys + v_at, mask=(place_N < most)[:, None], other=0.0)
+            k_DN = tl.load(k_at)
+            v_ND = tl.load(v_at, mask=(place_N < most)[:, None], other=0.0)
         else:
-            k_DN = tl.load(keys + k_at, mask=(d < D)[:, None], other=0.0)
-            v_ND = tl.load(keys + v_at, mask=(place_N < most)[:, None] & (d < D)[None, :], other=0.0)
+            k_DN = tl.load(k_at, mask=(d < D)[:, None], other=0.0)
+            v_ND = tl.load(v_at, mask=(place_N < most)[:, None] & (d < D)[None, :], other=0.0)
         if k_DN.dtype != q_GD.dtype:
             k_DN, v_ND = k_DN.to(q_GD.dtype), v_ND.to(q_GD.dtype)
         s_GN = tl.dot(q_GD, k_DN, input_precision="ieee") * score_scale
@@ -80,18 +81,18 @@ def _attend_pages(
 
 
 @triton.jit
-def _leave_part(parts, sums, part, g, highest_G, total_G, acc_GD, D: tl.constexpr, GROUP: tl.constexpr,
+def _leave_part(part_values, part_sums, part, g, highest_G, total_G, acc_GD, D: tl.constexpr, GROUP: tl.constexpr,
                 BLOCK_D: tl.constexpr):  # fmt: skip
-    """What a part of the context gives, to `parts` float32 (..., G, D) and `sums` float32 (..., 2, G)."""
+    """What a part of the context gives, to `part_values` float32 (..., G, D) and `part_sums` (..., 2, G)."""
     d = tl.arange(0, BLOCK_D)
     inside = (g < GROUP)[:, None] & (d < D)[None, :]
-    tl.store(parts + (part * GROUP + g)[:, None] * D + d[None, :], acc_GD, mask=inside)
-    tl.store(sums + part * 2 * GROUP + g, highest_G, mask=g < GROUP)
-    tl.store(sums + part * 2 * GROUP + GROUP + g, total_G, mask=g < GROUP)
+    tl.store(part_values + (part * GROUP + g)[:, None] * D + d[None, :], acc_GD, mask=inside)
+    tl.store(part_sums + part * 2 * GROUP + g, highest_G, mask=g < GROUP)
+    tl.store(part_sums + part * 2 * GROUP + GROUP + g, total_G, mask=g < GROUP)
 
 
 @triton.jit
-def _add_parts(parts, sums, first, used, g, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+def _add_parts(part_values, part_sums, first, used, g, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
                BLOCK_D: tl.constexpr):  # fmt: skip
     """The sum and the weighted values of so many parts, in their order. Another SM wrote them: past the L1 cache."""
     d = tl.arange(0, BLOCK_D)
@@ -100,10 +101,10 @@ def _add_parts(parts, sums, first, used, g, D: tl.constexpr, GROUP: tl.constexpr
     total_G = tl.zeros((BLOCK_G,), tl.float32)
     acc_GD = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     for part in range(first, first + used):
-        at = sums + part * 2 * GROUP + g
+        at = part_sums + part * 2 * GROUP + g
         theirs_G = tl.load(at, mask=g < GROUP, other=_LOWEST, cache_modifier=".cg")
         their_total_G = tl.load(at + GROUP, mask=g < GROUP, other=0.0, cache_modifier=".cg")
-        at = parts + (part * GROUP + g)[:, None] * D + d[None, :]
+        at = part_values + (part * GROUP + g)[:, None] * D + d[None, :]
         their_acc_GD = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
         above_G = tl.maximum(highest_G, theirs_G)
         fade_G, their_fade_G = tl.exp(highest_G - above_G), tl.exp(theirs_G - above_G)
@@ -115,14 +116,14 @@ def _add_parts(parts, sums, first, used, g, D: tl.constexpr, GROUP: tl.constexpr
 
 @triton.jit(do_not_specialize=["score_scale", "q_epsilon", "k_epsilon", "window", "most_parts"])
 def attend_tokens_kernel(
-    qkv, pool, out, places, sequences, table, cos, sin, q_weight, q_bias, k_weight, k_bias, slopes, parts, sums,
-    counters, row_stride, table_stride, page_values, kv_values, q_offset, q_stride, k_offset, k_stride, v_offset,
-    v_stride, q_epsilon, k_epsilon, score_scale, window, most_parts,
+    qkv, pool, y, places, sequences, table, cos, sin, q_weight, q_bias, k_weight, k_bias, slopes, part_values,
+    part_sums, counters, row_stride, table_stride, page_values, kv_values, q_offset, q_stride, k_offset, k_stride,
+    v_offset, v_stride, q_epsilon, k_epsilon, score_scale, window, most_parts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HALF: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ALIBI: tl.constexpr, WRITE: tl.constexpr, PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """`out` (T, heads * D) of one row and key head, or its share, where the context is in parts (SPLIT).
+    """`y` (T, heads * D) of one row and key head, or its share, where the context is in parts (SPLIT).
 
     WRITE: `qkv` has queries, keys and values as the layer gave them, and the own key and value go to the pool;
     otherwise it has the finished queries, and the pool all keys. `counters` int32 (T, key heads) are 0 before and after.
@@ -134,7 +135,7 @@ def attend_tokens_kernel(
     own_page = tl.load(table + place // _PAGE).to(tl.int64)
     head_G = kv_head * GROUP + g
     inside = (g < GROUP)[:, None] & (d < D)[None, :]
-    out_at = out + (t * tl.num_programs(1) * GROUP + head_G)[:, None] * D + d[None, :]
+    y_at = y + (t * tl.num_programs(1) * GROUP + head_G)[:, None] * D + d[None, :]
     first = tl.maximum(0, place + 1 - window)
     end = place if WRITE else place + 1
     first_page, last_page = first // _PAGE, tl.cdiv(end, _PAGE)
@@ -144,7 +145,7 @@ def attend_tokens_kernel(
     if part >= used:
         return
     if own_page < 0:
-        tl.store(out_at, tl.zeros((BLOCK_G, BLOCK_D), out.dtype.element_ty), mask=inside & (part == 0))
+        tl.store(y_at, tl.zeros((BLOCK_G, BLOCK_D), y.dtype.element_ty), mask=inside & (part == 0))
         return
     row = qkv + t * row_stride
     cos += t * HALF
@@ -177,56 +178,50 @@ def attend_tokens_kernel(
         if used > 1:
             counter = counters + t * tl.num_programs(1) + kv_head
             base = (t * tl.num_programs(1) + kv_head) * most_parts
-            _leave_part(parts, sums, base + part, g, highest_G, total_G, acc_GD, D, GROUP, BLOCK_D)
+            _leave_part(part_values, part_sums, base + part, g, highest_G, total_G, acc_GD, D, GROUP, BLOCK_D)
             tl.debug_barrier()  # all threads have written before one says so
             if tl.atomic_add(counter, 1, sem="acq_rel") < used - 1:
                 return
-            total_G, acc_GD = _add_parts(parts, sums, base, used, g, D, GROUP, BLOCK_G, BLOCK_D)
+            total_G, acc_GD = _add_parts(part_values, part_sums, base, used, g, D, GROUP, BLOCK_G, BLOCK_D)
             tl.store(counter, 0)
-    tl.store(out_at, (acc_GD / total_G[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(y_at, (acc_GD / total_G[:, None]).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["score_scale", "window", "start", "rows"])
+@triton.jit(do_not_specialize=["score_scale", "window"])
 def attend_rows_kernel(
-    q, pool, out, places, sequences, table, slopes, table_stride, page_values, kv_values, score_scale, window, start,
-    rows, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, PAGES: tl.constexpr,
+    queries, pool, y, places, sequences, table, tiles, slopes, table_stride, page_values, kv_values, score_scale,
+    window, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, PAGES: tl.constexpr,
     ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """`out` (T, heads * D) of a tile of the rows [start, rows) and one query head; `q` (T, heads * D) are finished.
+    """`y` (T, heads * D) of a tile of rows and one query head, of finished `queries`.
 
-    A tile has rows of several sequences where one ends: these runs of rows come one after the other.
+    The rows of tile i, all of one sequence, are [tiles[i], tiles[i + 1]), `tiles` int32; there may be none.
     """
+    begin, end = tl.load(tiles + tl.program_id(0)), tl.load(tiles + tl.program_id(0) + 1)
+    if begin >= end:
+        return
     head, heads = tl.program_id(1), tl.num_programs(1)
-    begin = start + tl.program_id(0) * BLOCK_G
-    end = tl.minimum(begin + BLOCK_G, rows)
     t, d = begin + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    table += tl.load(sequences + begin).to(tl.int64) * table_stride
     place_G = tl.load(places + t, mask=t < end, other=0)
-    sequence_G = tl.load(sequences + t, mask=t < end, other=-1)
-    own_G = tl.load(table + sequence_G.to(tl.int64) * table_stride + place_G // _PAGE, mask=t < end, other=-1)
+    token_G = tl.load(table + place_G // _PAGE, mask=t < end, other=-1) >= 0
     at = (t.to(tl.int64) * heads + head)[:, None] * D + d[None, :]
     inside = (t < end)[:, None] & (d < D)[None, :]
-    same: tl.constexpr = q.dtype.element_ty == pool.dtype.element_ty
-    dtype: tl.constexpr = q.dtype.element_ty if same else tl.float32
-    q_GD = tl.load(q + at, mask=inside, other=0.0).to(dtype)
+    same: tl.constexpr = queries.dtype.element_ty == pool.dtype.element_ty
+    dtype: tl.constexpr = queries.dtype.element_ty if same else tl.float32
+    q_GD = tl.load(queries + at, mask=inside, other=0.0).to(dtype)
     highest_G = tl.full((BLOCK_G,), _LOWEST, tl.float32)
     total_G = tl.zeros((BLOCK_G,), tl.float32)
     acc_GD = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     slope_G = tl.load(slopes + head) + total_G if ALIBI else total_G
-    while begin < end:
-        sequence = tl.load(sequences + begin)
-        following = tl.min(tl.where((t > begin) & (sequence_G != sequence), t, end))
-        run_G = (t >= begin) & (t < following) & (own_G >= 0)
-        first_G = tl.maximum(0, place_G + 1 - window)
-        end_G = tl.where(run_G, place_G + 1, 0)
-        first, last = tl.min(tl.where(run_G, first_G, 2147483647)), tl.max(end_G)
-        highest_G, total_G, acc_GD = _attend_pages(
-            q_GD, slope_G, place_G, first_G, end_G, highest_G, total_G, acc_GD, pool + (head // GROUP) * D * _PAGE,
-            table + sequence.to(tl.int64) * table_stride, first // _PAGE, tl.cdiv(last, _PAGE), last, score_scale,
-            page_values, kv_values, D, BLOCK_D, PAGES, ALIBI,
-        )  # fmt: skip
-        begin = following
-    total_G = tl.where(total_G > 0, total_G, 1.0)
-    tl.store(out + at, (acc_GD / total_G[:, None]).to(out.dtype.element_ty), mask=inside)
+    first_G, end_G = tl.maximum(0, place_G + 1 - window), tl.where(token_G, place_G + 1, 0)
+    first, last = tl.min(tl.where(token_G, first_G, 2147483647)), tl.max(end_G)
+    highest_G, total_G, acc_GD = _attend_pages(
+        q_GD, slope_G, place_G, first_G, end_G, highest_G, total_G, acc_GD, pool + (head // GROUP) * D * _PAGE,
+        table, first // _PAGE, tl.cdiv(last, _PAGE), last, score_scale, page_values, kv_values, D, BLOCK_D, PAGES, ALIBI,
+    )  # fmt: skip
+    total_G = tl.where(token_G, total_G, 1.0)
+    tl.store(y + at, (acc_GD / total_G[:, None]).to(y.dtype.element_ty), mask=inside)
 
 
 ALL_PLACES = 2**30
@@ -241,10 +236,19 @@ def parts_of(rows: int, attention: Attention, table_pages: int, processors: int)
     return max(1, min(MOST_PARTS, table_pages // PART_PAGES, triton.cdiv(2 * processors, programs)))
 
 
-def tile_of(head_dim: int, wide: bool) -> dict[str, int]:
-    """Pages of a step, warps and stages of a program that attends, `wide` for float32."""
-    pages = 2 if wide or head_dim > 128 else 4
-    return {"PAGES": pages, "num_warps": 4 if head_dim <= 128 else 8, "num_stages": 2}
+def is_wide(rows: Tensor, pool: Tensor) -> bool:
+    """Whether the dot products are of float32: where the pool's format is not that of the rows, or both are float32."""
+    return rows.dtype != pool.dtype or rows.dtype == torch.float32
+
+
+def tile_of(head_dim: int, wide: bool, of_rows: bool) -> dict[str, int]:
+    """Pages of a step, warps and stages of a program that attends: as many as registers and shared memory hold."""
+    pages = 4 if head_dim <= 64 or not (wide or of_rows or head_dim > 128) else 2
+    return {
+        "PAGES": 1 if wide and head_dim > 128 else pages,
+        "num_warps": 4 if head_dim <= 128 else 8,
+        "num_stages": 2,
+    }
 
 
 def attend_tokens(
@@ -258,30 +262,43 @@ def attend_tokens(
     part_values = torch.empty(rows, room, heads, attention.head_dim, dtype=torch.float32, device=qkv_TN.device)
     part_sums = torch.empty(rows, room, heads, 2, dtype=torch.float32, device=qkv_TN.device)
     slopes = qkv_TN if attention.slopes is None else attention.slopes
-    wide = torch.float32 in (qkv_TN.dtype, pool.dtype) or qkv_TN.dtype != pool.dtype
+    wide = is_wide(qkv_TN, pool)
     attend_tokens_kernel[rows, attention.kv_heads, parts](
         qkv_TN, pool, out_TN, places_T, sequences_T, table, *head_tensors(attention, cos_TR, sin_TR, qkv_TN), slopes,
         part_values, part_sums, counters, *head_numbers(qkv_TN, pool, table, attention), attention.scale,
         attention.window or ALL_PLACES, parts, **head_blocks(attention), ALIBI=attention.slopes is not None, WRITE=write,
-        SPLIT=parts > 1, **tile_of(attention.head_dim, wide), **FUSED,
+        SPLIT=parts > 1, **tile_of(attention.head_dim, wide, False), **FUSED,
     )  # fmt: skip
 
 
-ROWS = 64
-"""Rows of a tile of a prompt, 16 where a dot product is not one of tensor cores."""
+def rows_of_a_tile(wide: bool) -> int:
+    """Rows of a prompt that a program takes, `wide` for float32, which no tensor core multiplies exactly."""
+    return 16 if wide else 64
+
+
+def row_tiles(sequences_T: Tensor, start: int, sequences: int, most_rows: int) -> Tensor:
+    """int32: where the tiles of the rows from `start` on begin, and where the last ends; some at the end are empty.
+
+    A tile has at most so many rows, all of one sequence; rows of a sequence lie together. In plain torch, once a step.
+    """
+    rows = sequences_T.shape[0]
+    t = torch.arange(start, rows, dtype=torch.int32, device=sequences_T.device)
+    of = sequences_T[start:]
+    begins = (of != of.roll(1)) | ((t - start) % most_rows == 0)
+    tiles = torch.full((triton.cdiv(rows - start, most_rows) + sequences + 1,), rows, dtype=torch.int32, device=t.device)
+    return tiles.scatter_reduce_(0, begins.cumsum(0) - 1, t, "amin")
 
 
 def attend_rows(
-    q_TN: Tensor, attention: Attention, pool: Tensor, places_T: Tensor, sequences_T: Tensor, table: Tensor, start: int,
-    out_TN: Tensor,
+    q_TN: Tensor, attention: Attention, pool: Tensor, places_T: Tensor, sequences_T: Tensor, table: Tensor,
+    tiles: Tensor, out_TN: Tensor,
 ) -> None:  # fmt: skip
-    """The attention of the rows from `start` on, whose keys are all in the pool."""
-    rows = q_TN.shape[0]
-    wide = torch.float32 in (q_TN.dtype, pool.dtype) or q_TN.dtype != pool.dtype
-    blocks, tile = head_blocks(attention), 16 if wide else ROWS
-    attend_rows_kernel[triton.cdiv(rows - start, tile), attention.heads](
-        q_TN, pool, out_TN, places_T, sequences_T, table, q_TN if attention.slopes is None else attention.slopes,
-        table.stride(0), pool.stride(0), pool.stride(1), attention.scale, attention.window or ALL_PLACES, start, rows,
-        D=blocks["D"], BLOCK_D=blocks["BLOCK_D"], GROUP=blocks["GROUP"], BLOCK_G=tile,
-        ALIBI=attention.slopes is not None, **tile_of(attention.head_dim, wide), **FUSED,
+    """The attention of the rows of these tiles, whose keys are all in the pool."""
+    wide = is_wide(q_TN, pool)
+    blocks = head_blocks(attention)
+    attend_rows_kernel[tiles.shape[0] - 1, attention.heads](
+        q_TN, pool, out_TN, places_T, sequences_T, table, tiles, q_TN if attention.slopes is None else attention.slopes,
+        table.stride(0), pool.stride(0), pool.stride(1), attention.scale, attention.window or ALL_PLACES,
+        D=blocks["D"], BLOCK_D=blocks["BLOCK_D"], GROUP=blocks["GROUP"], BLOCK_G=rows_of_a_tile(wide),
+        ALIBI=attention.slopes is not None, **tile_of(attention.head_dim, wide, True), **FUSED,
     )  # fmt: skip
