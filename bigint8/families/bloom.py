@@ -26,7 +26,6 @@ def sizes(config: Config) -> Sizes:
         widest=4 * h,
         final_norm_values=2 * h,
         embedding_norm_values=2 * h,
-        eager_heads=heads,
     )
 
 

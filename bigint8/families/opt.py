@@ -57,5 +57,6 @@ FAMILY = Family(
     final_norm="model.decoder.final_layer_norm",
     project_out="model.decoder.project_out",
     sizes=sizes,
+    masked_positions=True,
     recipe=recipe,
 )

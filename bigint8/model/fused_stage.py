@@ -13,7 +13,7 @@ from .fused import FusedBlock, fuse, linear_of, norm_of, run_block
 from .program import Program, Rows
 from .ragged import Pools, Room, batch_of, batch_without_attention
 from .rotary import Rotary, refuse_changing_frequencies
-from .stage import StageModel
+from .stage import ModelPart, StageModel
 from .step import Step
 
 KEPT_AT_ONCE = 64
@@ -24,7 +24,7 @@ class FusedStage:
     """A loaded stage of a family that has a recipe. See `ragged.RaggedStage` for what it does."""
 
     @torch.inference_mode()
-    def __init__(self, stage: StageModel, recipe: Recipe, layout: Layout, room: Room) -> None:
+    def __init__(self, stage: StageModel | ModelPart, recipe: Recipe, layout: Layout, room: Room) -> None:
         """Allocate the keys and values. Raises BigInt8Error for rotary positions that change with the batch."""
         refuse_changing_frequencies(stage)
         self._stage, self._room = stage, room
@@ -91,7 +91,7 @@ class FusedStage:
         return torch.cat(parts)
 
 
-def _rotary_of(stage: StageModel, recipe: Recipe, device: torch.device) -> Rotary | None:
+def _rotary_of(stage: StageModel | ModelPart, recipe: Recipe, device: torch.device) -> Rotary | None:
     """The rotary positions of the model. Raises BigInt8Error where they are not what the recipe says."""
     module = stage.part(recipe.rotary)
     if module is None:
@@ -119,17 +119,17 @@ def _through(blocks: Sequence[FusedBlock], pools: Pools) -> Program:
     return program
 
 
-def _before(stage: StageModel) -> Program | None:
+def _before(stage: StageModel | ModelPart) -> Program | None:
     """What is between the token embeddings and the first block."""
     return _in_a_row(stage.part(stage.family.embedding_norm), stage.part(stage.family.project_in))
 
 
-def _after(stage: StageModel) -> Program | None:
+def _after(stage: StageModel | ModelPart) -> Program | None:
     """What is between the last block and the head."""
     return _in_a_row(stage.part(stage.family.final_norm), stage.part(stage.family.project_out))
 
 
-def _head(stage: StageModel) -> Program | None:
+def _head(stage: StageModel | ModelPart) -> Program | None:
     return None if stage.lm_head is None else _in_a_row(None, stage.lm_head)
 
 
@@ -148,6 +148,6 @@ def _in_a_row(norm: nn.Module | None, linear: nn.Module | None) -> Program | Non
     return program
 
 
-def _float_dtype(stage: StageModel) -> torch.dtype:
+def _float_dtype(stage: StageModel | ModelPart) -> torch.dtype:
     """The dtype of what is not int8."""
     return next(parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())

@@ -6,7 +6,8 @@ first the position embeddings give zero and the embedding norm is the identity. 
 """
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -102,6 +103,45 @@ class StageModel(nn.Module):
         if self.lm_head is None:
             raise RuntimeError("this stage has no head")
         return cast(Tensor, self.lm_head(hidden))
+
+
+class ModelPart:
+    """Blocks [first, last) of a model that is whole in this process, with what is around them, as a stage has it.
+
+    The model stays as it is. This has its modules, but not the model itself.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, first: int, last: int) -> None:
+        blocks = list(model.get_submodule(family.blocks).children())
+        self.family, self.indices, self.blocks = family, tuple(range(first, last)), blocks[first:last]
+        self.is_first, self.is_last = first == 0, last == len(blocks)
+        elsewhere = set() if self.is_first else {family.embeddings, family.positions, family.embedding_norm}
+        elsewhere |= set() if self.is_first else {family.project_in}
+        elsewhere |= set() if self.is_last else {family.final_norm, family.project_out}
+        base = model.get_submodule(family.blocks.rpartition(".")[0])
+        around = {f"{family.blocks.rpartition('.')[0]}.{name}": module for name, module in base.named_children()}
+        self._around = {name: module for name, module in around.items() if name not in {*elsewhere, family.blocks}}
+        head, embeddings = model.get_submodule(family.head), model.get_submodule(family.embeddings)
+        self.has_head = self.is_first if head.weight is embeddings.weight else self.is_last
+        self.lm_head = head if self.has_head else None
+
+    def part(self, name: str | None) -> nn.Module | None:
+        """As `StageModel.part`."""
+        return self._around.get(name) if name else None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of its blocks."""
+        return itertools.chain.from_iterable(block.parameters() for block in self.blocks)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it computes with."""
+        for module in (*self.blocks, *self._around.values(), *filter(None, [self.lm_head])):
+            yield from module.parameters()
+            yield from module.buffers()
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules around its blocks."""
+        return iter(self._around.items())
 
 
 def owner(name: str, family: Family) -> str:
