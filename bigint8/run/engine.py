@@ -4,7 +4,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
 from functools import partial
 
 from numpy.typing import ArrayLike
@@ -19,9 +18,9 @@ from .requests import Completion
 from .scheduler import Scheduler
 from .sequence import Request, Sequence
 from .settings import Detokenize, Settings
-from .stages import StageLost, Stages, StageStats
+from .stages import EngineStats, StageLost, Stages
 from .tables import Tables
-from .trace import Trace
+from .trace import StepSpans, Trace
 
 MAX_RESTARTS = 3
 """How often in a row stages are started again: then something is wrong that a start does not mend."""
@@ -31,25 +30,6 @@ ANSWER_SECONDS = 600.0
 
 CLOSE_SECONDS = 5.0
 """How long closing waits for the thread, which may be in the middle of a step."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine does. Times are in seconds since it was started; `busy`: each stage's share of them.
-
-    tokens: generated so far; tokens_per_s: since the statistics before these
-    free_pages: of each group, those that nobody holds; restarts: of stages
-    """
-
-    seconds: float
-    tokens: int
-    tokens_per_s: float
-    waiting: int
-    running: int
-    free_pages: tuple[int, ...]
-    restarts: int
-    stages: tuple[StageStats, ...]
-    busy: tuple[float, ...]
 
 
 class Engine:
@@ -67,7 +47,8 @@ class Engine:
         trace: Trace | None = None,
     ) -> None:
         """`groups` are the pages of each stage; `detokenize` is for stop strings. Close it, or use it in a `with`."""
-        self._stages, self._detokenize, self._trace = stages, detokenize, trace
+        self._stages, self._detokenize = stages, detokenize
+        self._spans = None if trace is None else StepSpans(trace)
         self._scheduler = Scheduler(Tables(groups, workload.context), stages.count, workload)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -224,15 +205,19 @@ class Engine:
             return False
 
     def _send_all(self) -> None:
+        start_ns = time.time_ns()
         while (step := self._scheduler.next()) is not None:
-            self._send(step)
+            self._send(step, start_ns)
+            start_ns = time.time_ns()
 
-    def _send(self, step: Step) -> None:
+    def _send(self, step: Step, start_ns: int) -> None:
         """Errors show when the thread waits for the result, whoever sends."""
         try:
             self._stages.send(step)
         except BigInt8Error as error:
             self._not_sent = error
+        if self._spans is not None:
+            self._spans.sent(step.number, start_ns, {"rows": step.rows, "generated": step.few})
 
     def _receive(self) -> Result:
         """The next result that is waited for. Without the lock: others may send meanwhile."""
@@ -242,6 +227,7 @@ class Engine:
         return self._stages.receive(ANSWER_SECONDS)
 
     def _settle(self, result: Result) -> None:
+        start_ns = time.time_ns()
         with self._lock:
             if self._ended is not None:
                 return
@@ -251,11 +237,14 @@ class Engine:
             if result.number == expected:  # others are of before a restart
                 self._tokens += self._scheduler.settle(result)
                 self._restarts_in_a_row = 0
+                if self._spans is not None:
+                    self._spans.back(result.number, start_ns)
 
     # --- stages that are lost ------------------------------------------------------------------------------------
 
     def _recover(self, error: StageLost) -> None:
         """Start the lost stages again, fill their pages, send the steps that were under way once more."""
+        start_ns = time.time_ns()
         with self._lock:
             self._sends_alone = True
         while True:
@@ -267,8 +256,10 @@ class Engine:
                 self._not_sent = None
                 self._refill(self._stages.restore())
                 with self._lock:
+                    if self._spans is not None:
+                        self._spans.lost(start_ns, f"restore after stage {error.index} was lost")
                     for step in self._scheduler.send_again():
-                        self._send(step)
+                        self._send(step, time.time_ns())
                     self._sends_alone = False
                 return
             except StageLost as another:
@@ -287,7 +278,7 @@ class Engine:
                 with self._lock:
                     step = next(refill.steps, None)
                     if step is not None:
-                        self._send(step)
+                        self._send(step, time.time_ns())
                         numbers.append(step.number)
                 if step is None and not numbers:
                     break
