@@ -247,6 +247,7 @@ class Engine:
         start_ns = time.time_ns()
         with self._lock:
             self._sends_alone = True
+        empty: set[int] = set()
         while True:
             self._restarts += 1
             self._restarts_in_a_row += 1
@@ -254,7 +255,9 @@ class Engine:
                 raise WorkerError(f"stages died {self._restarts_in_a_row} times in a row, at last: {error}") from error
             try:
                 self._not_sent = None
-                self._refill(self._stages.restore())
+                empty.update(self._stages.restore())  # also those that were not filled before the next one died
+                self._refill(empty)
+                empty.clear()
                 with self._lock:
                     if self._spans is not None:
                         self._spans.lost(start_ns, f"restore after stage {error.index} was lost")
@@ -265,13 +268,13 @@ class Engine:
             except StageLost as another:
                 error = another
 
-    def _refill(self, lost: list[int]) -> None:
+    def _refill(self, empty: set[int]) -> None:
         """Fill the pages of these stages from the tokens of the sequences that go on."""
-        if not lost:
+        if not empty:
             return
         with self._lock:
             self._scheduler.tables.forget_idle()
-            refill = self._scheduler.refill(max(lost) + 1)
+            refill = self._scheduler.refill(max(empty) + 1)
         numbers: deque[int] = deque()
         try:
             while self._ended is None:
