@@ -1,7 +1,5 @@
 """A stage that is loaded and runs steps: on a worker, or the whole model in this process."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -63,7 +61,7 @@ def room_of(plan: Plan, device: str) -> Room:
 def answer(stage: RaggedStage, step: Step, hidden_RH: Tensor) -> Values:
     """As `RunningStage.answer`."""
     logits_RV = stage.logits(hidden_RH)
-    values: Any = choose(logits_RV, step) if len(step.choices) else logits_RV.cpu().numpy()
+    values: Values = (choose(logits_RV, step) if len(step.choices) else logits_RV).cpu().numpy()
     return values
 
 
