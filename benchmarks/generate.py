@@ -3,9 +3,9 @@
 python benchmarks/generate.py PRESET [--checkpoint FOLDER] [--batch 1]... [--prompt 256] [--tokens 32] [--json FILE]
 
 Sides, each in a process of its own, one after the other in each round: bigint8 (requests to a pipeline of one device;
-the transformers model's forward pass; with int8_head), float32, bfloat16, bitsandbytes (load_in_8bit), and llama.cpp with
-Q8_0 weights where llama-cpp-python is installed (Llama-like presets, batch 1). Without --checkpoint, one with random
-weights is written to a temporary folder.
+the transformers model's forward pass; with int8_head), float32, bfloat16, bitsandbytes (load_in_8bit), and llama.cpp
+with Q8_0 weights where llama-cpp-python is installed (Llama-like presets, batch 1). Without --checkpoint, one with
+random weights is written to a temporary folder.
 
 decode tokens/s is the batch divided by the median time of a step; prefill tokens/s are those of one prompt of --prompt
 tokens for each sequence, after one that is not timed. Weights that do not fit into memory are told of, not measured.
