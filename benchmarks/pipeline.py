@@ -177,9 +177,8 @@ def time_hops(temporary: Path, sequences: int, tokens: int, rounds: int) -> Comp
 
 def run_hops(folder: Path, sequences: int, tokens: int) -> Figures:
     """The hops of one run, from its trace."""
-    from bigint8.run.trace import Trace
-
     from bigint8 import Workload
+    from bigint8.run.trace import Trace
     from bigint8.session import ModelPipeline, find_model
 
     trace, file = Trace(), folder.parent / "trace.json"

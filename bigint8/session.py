@@ -166,10 +166,14 @@ class ModelPipeline:
         workload: Workload | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         trace: "Trace | None" = None,
+        slots: int | None = None,
     ) -> None:
         """Plan for `gpus` devices of this machine, all GPUs or one CPU by default, or of a Ray cluster.
 
-        `trace` takes what is loaded and computed, and when. Raises PlanError when the model does not fit, BigInt8Error
+        trace: takes what is loaded and computed, and when
+        slots: how many steps are under way at once, one more than there are stages by default
+
+        Raises PlanError when the model does not fit, BigInt8Error
         and WorkerError where the devices are not there.
         """
         self.found = found
@@ -178,7 +182,7 @@ class ModelPipeline:
         self.engine: Engine | None = None
         self.reports: list[LoadReport] = []
         self._workers: Pipeline | None = None
-        self._trace = trace
+        self._trace, self._slots = trace, slots
         self._text: Text | None = None
         self._generator: Generator | None = None
         found.opened()
@@ -236,7 +240,7 @@ class ModelPipeline:
         hf_config = read_hf_config(checkpoint, self.plan.spec.access)
         generation_config = read_generation_config(checkpoint.folder)
         self.reports = self._workers.load(self.plan, progress)
-        self.engine = Engine.of(self.plan, self._workers, self._trace)
+        self.engine = Engine.of(self.plan, self._workers, self._trace, self._slots)
         self.model = PipelineModel(hf_config, self.engine, self.plan)
         self.model.generation_config = generation_config or self.model.generation_config
         return self.reports

@@ -1,6 +1,7 @@
 """Rotary positions of a ragged step: one row of cosines and sines for each token, the same for all blocks."""
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,13 @@ class Rotary:
         return torch.stack([angles_PR.cos(), angles_PR.sin()]) * self._scaling
 
 
-def refuse_changing_frequencies(model: nn.Module) -> None:
+class HasModules(Protocol):
+    """A model, or a part of one."""
+
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
+
+
+def refuse_changing_frequencies(model: HasModules) -> None:
     """Raise BigInt8Error for rotary positions whose frequencies depend on the longest sequence of a step.
 
     A token would depend on which other sequences run with it.

@@ -7,7 +7,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -15,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import BigInt8Error
 from ..families.table import find_family
 from ..plan.plan import Plan
-from .feed import Fed, Logits
+from .feed import Fed
 from .sequence import FEW_ROWS
 
 
@@ -30,7 +32,7 @@ class Sequences(Protocol):
 
     def drop(self, sequence: Any) -> None: ...
 
-    def forward(self, fed: Sequence[Fed], keep: Any) -> Logits: ...
+    def forward(self, fed: Sequence[Fed], keep: Any) -> NDArray[np.float32]: ...
 
 
 class PagedCache(Cache):

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from ..errors import BigInt8Error, WorkerError, in_one_line
 from ..model.step import Result, Step
 from ..options import Workload
+from ..plan.plan import Plan
 from .feed import Fed
 from .flights import Logits
 from .pages import PageGroup
@@ -63,14 +64,16 @@ class Engine:
         stages: Stages,
         groups: Several[PageGroup],
         workload: Workload,
-        detokenize: Detokenize | None = None,
         trace: Trace | None = None,
+        slots: int | None = None,
     ) -> None:
-        """`groups` are the pages of each stage; `detokenize` is for stop strings. Close it, or use it in a `with`."""
-        self._stages, self._detokenize, self._trace = stages, detokenize, trace
-        self._scheduler = Scheduler(Tables(groups, workload.context), stages.count, workload)
+        """`groups` are the pages of each stage. `slots`: how many steps are under way at most, by default one, or one
+        more than there are stages. Close it, or use it in a `with`."""
+        self._stages, self._trace = stages, trace
+        self._scheduler = Scheduler(Tables(groups, workload.context), stages.count, workload, slots)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
+        self._dropped: deque[Sequence] = deque()
         self._ended: BigInt8Error | None = None
         self._not_sent: BigInt8Error | None = None
         self._sends_alone = False  # while stages are restored, nobody else sends
@@ -80,6 +83,13 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="bigint8 engine", daemon=True)
         self._thread.start()
 
+    @classmethod
+    def of(cls, plan: Plan, stages: Stages, trace: Trace | None = None, slots: int | None = None) -> "Engine":
+        """The engine of a plan's stages, with the pages that they have."""
+        windows = plan.spec.known_layout.groups
+        groups = [PageGroup(window, pages) for window, pages in zip(windows, plan.pages, strict=True)]
+        return cls(stages, groups, plan.workload, trace, slots)
+
     def __enter__(self) -> "Engine":
         return self
 
@@ -88,14 +98,15 @@ class Engine:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def submit(self, prompt_ids: ArrayLike, settings: Settings) -> Completion:
+    def submit(self, prompt_ids: ArrayLike, settings: Settings, detokenize: Detokenize | None = None) -> Completion:
         """Ask for a continuation of the prompt, or several: they are the completion's `sequences`.
 
-        Raises PlanError for a request that could never fit, WorkerError if the engine has ended.
+        `detokenize` is for stop strings. Raises PlanError for a request that could never fit, WorkerError if the engine
+        has ended.
         """
-        if settings.stop and self._detokenize is None:
-            raise BigInt8Error("stop strings need a tokenizer; this engine was made without one (detokenize=)")
-        made = tuple(Completion(settings, self._detokenize) for _ in range(settings.sequences))
+        if settings.stop and detokenize is None:
+            raise BigInt8Error("stop strings need a tokenizer (detokenize=): they are looked for in the text")
+        made = tuple(Completion(settings, detokenize) for _ in range(settings.sequences))
         with self._lock:
             self._check_open()
             request = self._scheduler.add(prompt_ids, made)
@@ -139,8 +150,22 @@ class Engine:
             self._scheduler.feeds.crop(sequence, tokens)
 
     def drop(self, sequence: Sequence) -> None:
-        """Forget a sequence; also one that is computing, and also when the engine has ended."""
-        with self._lock:
+        """Forget a sequence; also one that is computing, and also when the engine has ended.
+
+        May be called by a garbage collection, which can come in the middle of anything, the thread's own work too. So it
+        waits for nothing: who holds the lock, or takes it next, does it.
+        """
+        self._dropped.append(sequence)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget_dropped()
+            finally:
+                self._lock.release()
+
+    def _forget_dropped(self) -> None:
+        """With the lock: the sequences that were dropped leave their pages."""
+        while self._dropped:
+            sequence = self._dropped.popleft()
             if self._ended is None and not sequence.dropped:
                 self._scheduler.feeds.drop(sequence)
                 self._wake()
@@ -186,6 +211,8 @@ class Engine:
             self._thread.join(CLOSE_SECONDS)
 
     def _check_open(self) -> None:
+        """With the lock, before anything that takes pages."""
+        self._forget_dropped()
         if self._ended is not None:
             raise WorkerError(f"the engine has ended: {self._ended}") from self._ended
 
@@ -217,6 +244,7 @@ class Engine:
         """Send what there is; whether a result is to be waited for. False when the engine has ended."""
         with self._lock:
             while self._ended is None:
+                self._forget_dropped()
                 self._send_all()
                 if self._scheduler.flights:
                     return True

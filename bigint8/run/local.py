@@ -41,7 +41,7 @@ def with_pages(model: Any, trace: Trace | None = None) -> Any:
     engine = Engine.of(model.plan, LocalStages(_run_through(stages)), trace)
     weakref.finalize(model, engine.close)
     model.engine, model._known = engine, _Known(model)
-    model.__class__ = _paged_class(type(model))
+    model.__class__ = _paged_class(type(model))  # type: ignore[arg-type]
     return model
 
 
@@ -140,7 +140,7 @@ def _paged_class(kind: Any) -> Any:
         if cache is None and not self._known.holds(self):
             return kind.forward(self, input_ids, **kwargs)
         kept = paged or kwargs.get("use_cache", self.config.use_cache)
-        cache = cache if paged else PagedCache(self.engine)
+        cache = PagedCache(self.engine) if cache is None else cache
         logits = cache.forward(
             input_ids,
             kwargs.get("attention_mask"),

@@ -33,9 +33,10 @@ LEAST_PROMPT_ROWS = 4 * PAGE_TOKENS
 class Scheduler:
     """The requests that wait, those that run, and the steps that are under way."""
 
-    def __init__(self, tables: Tables, stages: int, workload: Workload) -> None:
-        self.tables, self.workload, self.stages = tables, workload, stages
-        self.slots = 1 if stages == 1 else stages + 1
+    def __init__(self, tables: Tables, stages: int, workload: Workload, slots: int | None = None) -> None:
+        self.tables, self.workload = tables, workload
+        self.slots = slots or (1 if stages == 1 else stages + 1)
+        self.stages = min(stages, self.slots)  # that can compute at the same time
         self.prompt_flights = _prompt_flights(tables, workload, self.slots)
         self._in_flight = self.prompt_flights * workload.chunk
         self.maker = StepMaker(tables)
