@@ -59,11 +59,18 @@ class Arithmetic:
 class Chain:
     """Stages with their flows, in this process, and the driver's links to them."""
 
-    def __init__(self, count: int, ring: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        count: int,
+        ring: bool = False,
+        dtype: torch.dtype = torch.float32,
+        kind: type[Arithmetic] = Arithmetic,
+        device: str = "cpu",
+    ) -> None:
         self.secret, self.epoch = new_secret(), 0
         self.places = [Place(i, count, ring and count > 1) for i in range(count)]
-        self.stages = [Arithmetic(place, dtype) for place in self.places]
-        self.flows = [Flow(stage, stage.place, "cpu") for stage in self.stages]
+        self.stages = [kind(place, dtype) for place in self.places]
+        self.flows = [Flow(stage, stage.place, device) for stage in self.stages]
         self.connect()
 
     def connect(self) -> None:

@@ -1,13 +1,18 @@
 """Links between the processes of a pipeline: what travels on them, who is let in, what happens when one goes away."""
 
 import contextlib
+import ctypes
+import os
 import queue
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,7 +183,7 @@ class End:
         self.lost: queue.SimpleQueue = queue.SimpleQueue()
         self.link = Link(
             connection, "the other end", self.came.put, lambda _, why: self.lost.put(why),
-            LinkSettings(stall_seconds, **limits),
+            LinkSettings(stall_seconds=stall_seconds, **limits),
         )  # fmt: skip
 
     def next(self):
@@ -381,3 +386,75 @@ def test_a_door_that_is_closed_is_not_there(door):
     opened.close()
     with pytest.raises(WorkerError, match="cannot be reached"):
         knock(opened.address, Hello(Role.DRIVER, 3), secret, seconds=0.5)
+
+
+# --- two boxes ---------------------------------------------------------------------------------------------------
+
+CLONE_NEWNET = 0x40000000
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@dataclass
+class Box:
+    """A network namespace with an address of its own: for sockets, another machine."""
+
+    name: str
+    address: str
+
+    def do(self, what):
+        """The result of a function that makes sockets, in a thread of this box."""
+
+        def there():
+            with Path(f"/run/netns/{self.name}").open() as namespace:
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), "setns")
+            return what()
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(there).result()
+
+
+@pytest.fixture
+def boxes() -> Iterator[tuple[Box, Box]]:
+    made = Box(f"bigint8-{os.getpid()}-a", "10.231.77.1"), Box(f"bigint8-{os.getpid()}-b", "10.231.77.2")
+    try:
+        for box in made:
+            ip("netns", "add", box.name)
+        ip("link", "add", "b8", "netns", made[0].name, "type", "veth", "peer", "name", "b8", "netns", made[1].name)
+        for box in made:
+            ip("-n", box.name, "addr", "add", f"{box.address}/24", "dev", "b8")
+            ip("-n", box.name, "link", "set", "b8", "up")
+            ip("-n", box.name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    else:
+        yield made
+    finally:
+        for box in made:
+            subprocess.run(["ip", "netns", "del", box.name], capture_output=True)
+
+
+def test_two_boxes_are_linked_and_a_cable_that_is_pulled_is_noticed_by_both(boxes):
+    here, there = boxes
+    secret, visitors = new_secret(), queue.SimpleQueue()
+
+    def let_in(connection: socket.socket, hello: Hello) -> bool:
+        welcome(connection)
+        visitors.put(connection)
+        return True
+
+    door = here.do(lambda: Door(here.address, secret, let_in))
+    assert door.address[0] == here.address
+    connection = there.do(lambda: knock(door.address, Hello(Role.BEFORE, 1), secret))
+    ends = [End(one, dead_seconds=3) for one in (connection, visitors.get(timeout=WAIT))]
+    for end in ends:
+        end.link.start()
+    ends[0].link.send(big(7))
+    assert (ends[1].next().message.payload == 7).all()
+    ip("-n", here.name, "link", "set", "b8", "down")
+    ends[0].link.send(step_message(make_step(8)))  # the other end sends nothing, and has to find out
+    assert [bool(end.why()) for end in ends] == [True, True]
+    door.close()

@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from ragged import PAGES, Run, Sequence_, fused_stages
+from ragged import PAGES, Stages, texts
 from test_links import WAIT
 from tiny import save_tiny
 
@@ -22,7 +22,6 @@ from bigint8.run.stages import StageLost
 from bigint8.session import find_model
 
 WORK = Workload(context=128, sequences=PAGES * PAGE_TOKENS // 128)
-PROMPTS = ([5, 17, 99, 3, 42, 7], [9, 8], [33, 44, 55, 66, 77])
 
 
 def load(pipeline, folder, workers):
@@ -32,24 +31,18 @@ def load(pipeline, folder, workers):
     return plan, pipeline.load(plan, progress=False)
 
 
-class SentRun(Run):
-    """Sequences on their way through workers. `before`: called with the number of each step before it is sent."""
+class AsOneStage:
+    """All stages of a pipeline: a step goes in, logits come out."""
 
-    def __init__(self, pipeline: Pipeline, layout, before=lambda number: None) -> None:
-        super().__init__([], layout, tied=False)
-        self.pipeline, self.before = pipeline, before
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
 
-    def _run(self, rows, order, few, keep):
-        ids, places, sequences = np.array(rows, np.int32).T.copy()
-        self.before(self.number)
-        self.pipeline.send(
-            Step(self.number, ids, places, places, sequences, few, self._tables(order), np.array(keep, np.int32))
-        )
-        return torch.from_numpy(self.pipeline.receive(WAIT).values)
+    def run(self, step: Step, hidden: None) -> torch.Tensor:
+        self.pipeline.send(step)
+        return torch.from_numpy(self.pipeline.receive(WAIT).values).float()
 
-
-def sequences() -> list[Sequence_]:
-    return [Sequence_(list(prompt), arrives, 12) for arrives, prompt in enumerate(PROMPTS)]
+    def logits(self, found: torch.Tensor) -> torch.Tensor:
+        return found
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -58,13 +51,13 @@ def test_sequences_have_the_tokens_and_logits_of_one_process_over_one_two_and_th
     pipeline, kind, tied, tmp_path
 ):
     save_tiny(kind, tied, tmp_path)
-    stages, layout = fused_stages(tmp_path, 1)
-    expected = sequences()
-    Run(stages, layout, tied).generate(expected)
+    expected = texts()
+    Stages(tmp_path, 1).generate(expected)
     for workers in (1, 2, 3):
         load(pipeline, tmp_path, workers)
-        ours = sequences()
-        SentRun(pipeline, layout).generate(ours)
+        stages, ours = Stages(tmp_path, 1), texts()
+        stages.stages = [AsOneStage(pipeline)]
+        stages.generate(ours)
         for mine, theirs in zip(ours, expected, strict=True):
             assert mine.tokens == theirs.tokens, f"{workers} workers"
             assert torch.allclose(torch.stack(mine.logits), torch.stack(theirs.logits), atol=1e-4)
@@ -104,6 +97,7 @@ def test_a_worker_that_dies_with_steps_under_way_is_replaced_and_the_others_stay
         for _ in range(1, 41):
             pipeline.receive(600)
     assert lost.value.index == victim
+    assert len(pipeline.stats()) == 3  # whoever watches goes on watching
     assert pipeline.restore() == [victim]
     after = [info.pid for info in pipeline.infos]
     assert [new == old for new, old in zip(after, before, strict=True)] == [i != victim for i in range(3)]
@@ -121,6 +115,20 @@ def test_two_workers_that_die_at_once_are_both_replaced(pipeline, llama):
     with pytest.raises(StageLost):
         pipeline.receive(600)
     assert pipeline.restore() == [0, 2]
+    pipeline.send(one_row(1))
+    assert pipeline.receive(WAIT).number == 1
+
+
+def test_a_worker_that_says_nothing_is_replaced(pipeline, llama, monkeypatch):
+    """Its process is stopped: its connections stay open, and nothing is to be had from it."""
+    monkeypatch.setattr("bigint8.run.pipeline.ALIVE_SECONDS", 3)
+    load(pipeline, llama, 2)
+    os.kill(pipeline.infos[1].pid, signal.SIGSTOP)
+    pipeline.send(one_row(0))
+    with pytest.raises(WorkerError, match="step 0 has no result"):
+        pipeline.receive(0.5)
+    assert pipeline.stats()[1].steps == 0
+    assert pipeline.restore() == [1]
     pipeline.send(one_row(1))
     assert pipeline.receive(WAIT).number == 1
 

@@ -31,7 +31,7 @@ from ..model.step import Step
 from .doors import HELLO_SECONDS, Address, Door, Hello, Role, knock, welcome
 from .links import Link, LinkLost, LinkSettings, Received
 from .spans import Spans, Tally
-from .tensors import Carrier
+from .tensors import Carrier, Mark
 from .wire import Array, Kind, Message, result_message, rows_message, step_message, word
 
 _Make = Callable[[Step, Array, str], Message]
@@ -237,24 +237,24 @@ class Flow:
         self.spans.add("wait", message.number, received.received_ns, time.time_ns())
         free = None
         try:
-            hidden, free = self._carrier.arrived(message)
+            hidden = self._carrier.arrived(received)
             if message.kind is Kind.STEP:
                 self._run(message.step, hidden, epoch)
             elif message.kind is Kind.ROWS and hidden is not None:
                 self._answer(message.step, hidden, epoch)
+            free = self._carrier.read()
         except LinkLost:
             pass  # the thread that receives on that link tells the driver
         except Exception as error:
             text = f"{type(error).__name__}: {in_one_line(error)}"
             epoch.tell(word(Kind.FAILED, message.number, self._place.index, text))
-        finally:
-            received.release(free)
+        received.release(free)
 
     def _run(self, step: Step, hidden: Tensor | None, epoch: _Epoch) -> None:
         """A step through this stage, and what comes after."""
-        start = time.time_ns()
+        start = self._carrier.mark()
         output = self._stage.run(step, hidden)
-        self._count("compute", step.number, start, 1, step.rows)
+        self._count("compute", start, step, 1)
         ends_here = step.stages == self._place.index + 1 and not self._place.is_last
         if ends_here or (self._place.is_last and not len(step.keep)):
             epoch.tell(result_message(step.number, np.zeros(0, np.int32)))
@@ -266,9 +266,9 @@ class Flow:
             self._answer(step, output, epoch)
 
     def _answer(self, step: Step, hidden_RH: Tensor, epoch: _Epoch) -> None:
-        start = time.time_ns()
+        start = self._carrier.mark()
         values = self._stage.answer(step, hidden_RH)
-        self._count("head", step.number, start)
+        self._count("head", start, step, 0)
         epoch.tell(result_message(step.number, values))
 
     def _send_on(
@@ -279,7 +279,7 @@ class Flow:
         self._carrier.send(to, output, lambda payload, dtype: make(step, payload, dtype))
         self.spans.add("send", step.number, start, time.time_ns())
 
-    def _count(self, name: str, number: int, start_ns: int, steps: int = 0, rows: int = 0) -> None:
-        end_ns = time.time_ns()
-        self.tally.count(end_ns - start_ns, steps, rows)
-        self.spans.add(name, number, start_ns, end_ns)
+    def _count(self, name: str, start: Mark, step: Step, steps: int) -> None:
+        end = self._carrier.mark()
+        self.tally.count(self._carrier.computed(start, end), steps, step.rows if steps else 0)
+        self.spans.add(name, step.number, start.ns, end.ns)

@@ -36,6 +36,9 @@ START_SECONDS = 180
 ALIVE_SECONDS = 20
 """How long a worker may take to say that it is alive."""
 
+STATS_SECONDS = 2
+"""How long to wait for what workers say of themselves."""
+
 MAX_RESTORES = 3
 """How often a pipeline is mended before it is given up, where workers go on dying meanwhile."""
 
@@ -208,8 +211,19 @@ class Pipeline:
         return sorted(emptied)
 
     def stats(self) -> "list[WorkerStats]":
-        """What each stage has done so far. Raises WorkerDied."""
-        return cast("list[WorkerStats]", self._get([w.stats.remote() for w in self._workers[: self.count]]))
+        """What each stage has done so far; zeros for one that is not there at the moment."""
+        from .spans import WorkerStats
+
+        asked = [worker.stats.remote() for worker in self._workers[: self.count]]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=STATS_SECONDS) if asked else ([], [])
+        found = []
+        for reference in asked:
+            try:
+                stats = self._get(reference) if reference in ready else None
+            except WorkerError:
+                stats = None
+            found.append(stats or WorkerStats(0.0, 0, 0))
+        return found
 
     def trace(self, on: bool) -> None:
         """Let the workers begin to keep spans, or end it."""

@@ -20,8 +20,8 @@ class Span:
     """What a worker did with a step, in nanoseconds of `time.time_ns()`: of its own box's clock, but see "hop".
 
     name: "hop" (from the sender's start of sending, by the sender's clock, to the message being whole), "wait" (until
-        its turn came), "compute" (the stage), "head" (logits, and the choice of tokens), "send" (until the computing
-        thread was free again)
+        its turn came), "compute" (the stage; on a GPU, until it was told all of it), "head" (logits, and the choice of
+        tokens), "send" (until the computing thread was free again)
     """
 
     name: str
