@@ -27,7 +27,6 @@ from .running import answer, room_of
 from .stages import LocalStages
 from .trace import Trace
 
-
 CAPTURING = "transformers.utils.output_capturing"
 """Where transformers' hooks for hidden states and attentions are from."""
 

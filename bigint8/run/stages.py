@@ -58,7 +58,9 @@ class Stages(Protocol):
     `receive`; the other methods are called by one thread at a time.
     """
 
-    count: int
+    @property
+    def count(self) -> int:
+        """How many stages there are."""
 
     def send(self, step: Step) -> None:
         """Put a step on its way; returns at once. A stage that is lost may show here or in `receive`."""
