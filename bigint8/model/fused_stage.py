@@ -34,7 +34,7 @@ class FusedStage:
             for block, index in zip(stage.blocks, stage.indices, strict=True)
         ]
         self._pools = Pools([block.attention for block in blocks], room)
-        self._dtype = torch.float32 if room.device.type == "cpu" else _float_dtype(stage)
+        self._dtype = torch.float32 if room.device.type == "cpu" else room.dtype
         hidden, width = layout.sizes.hidden, layout.sizes.width or layout.sizes.hidden
         kept = min(KEPT_AT_ONCE, room.most_rows)
         self._blocks = Rows(_through(blocks, self._pools), hidden, room.most_rows, room.device)
@@ -84,11 +84,14 @@ class FusedStage:
 
     def _by_themselves(self, rows: Rows, x_RK: Tensor) -> Tensor:
         """Rows that were kept, some at a time. Their activations stay 16-bit where the layers leave it open."""
-        parts = [
-            rows.run(batch_without_attention(len(part), len(part), self._room.device), part.clone()).clone()
-            for part in x_RK.split(rows.most_rows)
-        ]
-        return torch.cat(parts)
+        batches = [batch_without_attention(len(x), len(x), self._room.device) for x in x_RK.split(rows.most_rows)]
+        first = rows.run(batches[0], x_RK[: batches[0].rows])
+        y_RN = first.new_empty(len(x_RK), first.shape[1])
+        y_RN[: len(first)] = first
+        for i, batch in enumerate(batches[1:], start=1):
+            start = i * rows.most_rows
+            y_RN[start : start + batch.rows] = rows.run(batch, x_RK[start : start + batch.rows])
+        return y_RN
 
 
 def _rotary_of(stage: StageModel | ModelPart, recipe: Recipe, device: torch.device) -> Rotary | None:
@@ -146,8 +149,3 @@ def _in_a_row(norm: nn.Module | None, linear: nn.Module | None) -> Program | Non
         return x_TK if linear is None else ops.linear(x_TK, [linear_of(linear)], "projected")
 
     return program
-
-
-def _float_dtype(stage: StageModel | ModelPart) -> torch.dtype:
-    """The dtype of what is not int8."""
-    return next(parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())

@@ -48,7 +48,8 @@ class GeneralStage:
             for index, block in enumerate(stage.blocks):
                 block.self_attention = _BloomAttention(cast(nn.Module, block.self_attention), index, self._attention)
         stage.config._attn_implementation = NAME
-        self._dtype = next(parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())
+        floats = (parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())
+        self._dtype = next(floats, room.dtype)
         self._run(_one_row(len(layout.groups)), None if stage.is_first else torch.zeros(1, layout.sizes.hidden))
         self._attention.allocate()
 

@@ -20,7 +20,8 @@ from .step import Ints, Step
 class Room:
     """What a stage has room for, and where.
 
-    pages: of each group of `Layout.groups`; most_rows: of a step; dtype: of the keys and values
+    pages: of each group of `Layout.groups`; most_rows: of a step; dtype: the model's, which its keys and values have,
+        and its rows where the device is no CPU
     """
 
     pages: tuple[int, ...]
