@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import BigInt8Error
 from ..families.layout import Layout, Recipe
 from .fused import FusedBlock, fuse, linear_of, norm_of, run_block
+from .host_numbers import on_device
 from .program import Program, Rows
 from .ragged import Pools, Room, batch_of, batch_without_attention
 from .rotary import Rotary, refuse_changing_frequencies
@@ -23,7 +24,7 @@ KEPT_AT_ONCE = 64
 class FusedStage:
     """A loaded stage of a family that has a recipe. See `ragged.RaggedStage` for what it does."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, stage: StageModel | ModelPart, recipe: Recipe, layout: Layout, room: Room) -> None:
         """Allocate the keys and values. Raises BigInt8Error for rotary positions that change with the batch."""
         refuse_changing_frequencies(stage)
@@ -47,7 +48,7 @@ class FusedStage:
         """Bytes of the keys and values that it has room for."""
         return self._pools.nbytes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
         """As `RaggedStage.run`."""
         self._room.check(step)
@@ -56,10 +57,10 @@ class FusedStage:
         x_TH = self._blocks.run(batch_of(step, self._rotary, self._room.device), x_TH)
         if not self._stage.is_last:
             return x_TH.clone()
-        kept_RH = x_TH[torch.tensor(step.keep, device=x_TH.device)]
+        kept_RH = x_TH[on_device(step.keep, x_TH.device)]
         return kept_RH if self._after is None else self._by_themselves(self._after, kept_RH)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, hidden_RW: Tensor) -> Tensor:
         """As `RaggedStage.logits`."""
         if self._head is None:
@@ -70,11 +71,11 @@ class FusedStage:
         """The rows that go into the first block (T, H)."""
         embeddings, positions = self._stage.part(self._stage.family.embeddings), self._positions()
         assert embeddings is not None
-        x_TW = cast(Tensor, embeddings(torch.tensor(step.ids, device=self._room.device))).to(self._dtype)
+        x_TW = cast(Tensor, embeddings(on_device(step.ids, self._room.device))).to(self._dtype)
         if self._before is not None:
             x_TW = self._before.run(batch_without_attention(step.rows, step.few, self._room.device), x_TW)
         if positions is not None:
-            index_T = torch.tensor(step.positions, device=self._room.device) + getattr(positions, "offset", 0)
+            index_T = on_device(step.positions, self._room.device) + getattr(positions, "offset", 0)
             x_TW = x_TW + positions.weight[index_T].to(self._dtype)
         return x_TW
 
