@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -228,6 +229,17 @@ def test_no_result_in_time_is_an_error_and_the_step_is_still_under_way():
             there.answers.receive(0.05)
         there.stages[1].gate.set()
         assert there.answers.receive(WAIT).number == 5
+
+
+def test_who_waits_for_a_result_is_told_when_the_links_are_closed():
+    with chain(2) as there, ThreadPoolExecutor(1) as pool:
+        there.stages[1].gate.clear()
+        there.answers.send(make_step(0))
+        waits = pool.submit(there.answers.receive, 600)
+        time.sleep(0.05)
+        there.answers.close()
+        with pytest.raises(WorkerError, match="were closed"):
+            waits.result(WAIT)
 
 
 @pytest.mark.parametrize("ring", [False, True])
