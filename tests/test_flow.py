@@ -185,7 +185,7 @@ def test_rows_for_the_head_go_before_steps_that_wait():
         until(lambda: len(inbox._rows) == 1)
         there.stages[0].gate.set()
         assert [there.answers.receive(WAIT).number for _ in range(4)] == [0, 1, 2, 3]
-        assert there.stages[0].ran[:4] == [("run", 0), ("run", 1), ("answer", 0), ("run", 2)]
+        assert there.stages[0].ran[:3] == [("run", 0), ("run", 1), ("answer", 0)]
 
 
 def test_a_full_ring_does_not_stand_still():

@@ -66,8 +66,8 @@ class Answers:
             self._under_way.append(step.number)
         try:
             self._links[0].send(step_message(step))
-        except LinkLost as error:
-            self._lose(0, f"stage 0 is lost: {error}")
+        except LinkLost:
+            pass  # the thread that receives on that link says why
         except BaseException:
             with self._lock:
                 self._under_way.remove(step.number)
