@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from .load.fill import LoadReport
     from .load.intake import CheckReport
     from .load.save import QuantizeReport
-    from .run.engine import Engine, EngineStats
+    from .run.engine import Engine
     from .run.generate import Answer, Generator
     from .run.pipeline import Pipeline
     from .run.requests import Completion
+    from .run.stages import EngineStats
     from .run.text import Text
     from .run.trace import Trace
 

@@ -6,14 +6,16 @@ away too early shows as another token.
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
 from bigint8.model.step import CHOICE, Result, Step
 from bigint8.options import PAGE_TOKENS
 from bigint8.run.pages import PageGroup
+from bigint8.run.scheduler import Scheduler
 from bigint8.run.settings import Settings
 from bigint8.run.stages import StageLost, StageStats
 
@@ -117,6 +119,12 @@ class Alone:
 
 def alone(prompt, settings: Settings, groups, stages=1, sequence=0) -> list[int]:
     """The tokens that a request gives when nothing else runs."""
+    return list(_alone(tuple(prompt), settings, tuple(group.window for group in groups), stages, sequence))
+
+
+@cache
+def _alone(prompt, settings, windows, stages, sequence):
+    groups = [PageGroup(window, 256) for window in windows]
     model, choice, tokens = Alone(groups, stages), settings.choice(sequence).reshape(1), []
     ids, few = list(prompt), len(prompt) <= 16
     while len(tokens) < settings.max_new_tokens:
@@ -127,7 +135,7 @@ def alone(prompt, settings: Settings, groups, stages=1, sequence=0) -> list[int]
         ids, few = [token], True
         if token in settings.eos:
             break
-    return tokens
+    return tuple(tokens)
 
 
 @dataclass
@@ -136,17 +144,16 @@ class SimulatedStages:
 
     groups: list
     count: int = 1
-    losses: float = 0.0  # how likely a stage is lost before each piece of work
+    losses: dict[int, int] = field(default_factory=dict)  # after so many pieces of work, which stage dies
     seed: int = 0
-    most_losses: int = 10**9
-    lost: set = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
 
     def __post_init__(self):
         self.stages = [SimulatedStage(self.groups, index) for index in range(self.count)]
         self.chance = random.Random(self.seed)
         self.queues = [deque() for _ in range(self.count + 1)]
-        self.sent = []
-        self.steps = 0
+        self.sent: list[Step] = []
+        self.work = 0
 
     def send(self, step: Step) -> None:
         self.sent.append(step)
@@ -161,9 +168,8 @@ class SimulatedStages:
             busy = [index for index in range(self.count) if self.queues[index]]
             if not busy:
                 return self.queues[-1].popleft()
-            if self.chance.random() < self.losses and self.most_losses:
-                self.most_losses -= 1
-                index = self.chance.randrange(self.count)
+            if self.work in self.losses:
+                index = self.losses.pop(self.work)
                 self.lost.add(index)
                 self.stages[index].lose()
                 continue
@@ -172,9 +178,8 @@ class SimulatedStages:
     def _work(self, index):
         step, values = self.queues[index].popleft()
         values = self.stages[index].run(step, values)
-        self.steps += 1
+        self.work += 1
         if index + 1 == (step.stages or self.count):
-            # results keep their order: a step that ends early waits for those before it
             self.queues[-1].append(left(step, values))
         else:
             self.queues[index + 1].append((step, values))
@@ -186,4 +191,33 @@ class SimulatedStages:
         return lost
 
     def stats(self):
-        return [StageStats(0.0, self.steps, 0) for _ in self.stages]
+        return [StageStats(0.0, self.work, 0) for _ in self.stages]
+
+
+def check_pages(scheduler: Scheduler) -> None:
+    """Each page is held as often as tables and copies name it, and there are as many as were promised."""
+    tables = scheduler.tables
+    for pool in tables.pools:
+        held = Counter()
+        for sequence in [*scheduler.live, *scheduler.feeds.live]:
+            table = sequence.table
+            row = tables.array[pool.index, table.row]
+            assert (row[: table.begins[pool.index]] == -1).all() and (row[table.runs :] == -1).all()
+            held.update(row[table.begins[pool.index] : table.runs].tolist())
+            assert table.promise is None or table.promise.owed[pool.index] >= 0
+        for flight in scheduler.flights:
+            held.update(source for group, source, _ in flight.copies if group == pool.index)
+        assert held == Counter({page: count for page, count in enumerate(pool.holders) if count})
+        assert pool.available == pool.group.pages - len(held)
+        assert tables.room(pool) >= 0
+
+
+def nothing_left(scheduler: Scheduler) -> bool:
+    """No page is held or promised, no sequence and no step is there."""
+    tables = scheduler.tables
+    return (
+        all(pool.available == pool.group.pages == tables.room(pool) for pool in tables.pools)
+        and (tables.array == -1).all()
+        and not (scheduler.live or scheduler.flights or scheduler.ready or scheduler.prompts or scheduler.waiting)
+        and (scheduler.admitted, scheduler.decoding, scheduler._unsent) == (0, 0, 0)
+    )

@@ -1,6 +1,8 @@
 """Fused stages: the tokens of transformers' generate(), with many sequences in a step, over one stage or several."""
 
 import dataclasses
+import gc
+import weakref
 from typing import get_args
 
 import numpy as np
@@ -8,7 +10,19 @@ import pytest
 import torch
 from bigint8_kernels import step as kernels_step
 from bigint8_kernels.step import PAGE
-from ragged import NO_INT8, Stages, Text, assert_generates_as, generated_by, loaded_stages, room_for
+from ragged import (
+    NO_INT8,
+    ROUNDED_TO_16_BITS,
+    ROUNDED_TO_INT8,
+    Stages,
+    Text,
+    assert_close,
+    assert_generates_as,
+    generated_by,
+    loaded_stages,
+    room_for,
+    texts,
+)
 from tiny import SIZES, tiny_model
 from transformers import AutoConfig
 
@@ -65,14 +79,50 @@ def test_int8_weights_give_the_tokens_of_transformers_modules(folders, kind, tie
     """With 16-bit activations both compute the same."""
     folder = folders(kind, tied)
     model = in_one_process(folder, activations="16bit")
-    assert_generates_as(model, Stages(folder, 2, activations="16bit"), atol=2e-3)
+    assert_generates_as(model, Stages(folder, 2, activations="16bit"), ROUNDED_TO_16_BITS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_activations_give_the_tokens_of_transformers_modules(folders, kind):
     """Without outliers both compute the same, but for what rounds to the next int8 value."""
     config = {"activations": "int8", "threshold": 0.0}
-    assert_generates_as(in_one_process(folders(kind), **config), Stages(folders(kind), 1, **config), atol=0.05)
+    assert_generates_as(in_one_process(folders(kind), **config), Stages(folders(kind), 1, **config), ROUNDED_TO_INT8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_block_gives_the_hidden_states_of_transformers(folders, kind):
+    """A stage for each block; the last one's are normed."""
+    model, tokens = tiny_model(kind, True, torch.float32), [5, 17, 99, 3]
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    stages = Stages(folders(kind), len(expected) - 1, skip_modules=NO_INT8)
+    places = np.arange(len(tokens), dtype=np.int32)
+    tables = np.zeros((len(stages.layout.groups), 1, 1), np.int32)
+    step = Step(0, np.array(tokens, np.int32), places, places, 0 * places, 0, tables, places)
+    hidden = None
+    for stage, values in zip(stages.stages, expected[1:], strict=True):
+        hidden = stage.run(step, hidden)
+        assert hidden is not None
+        if stage is not stages.stages[-1] or kind != "opt-350m":  # whose narrow ones transformers does not show
+            assert_close(hidden, values[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_16_bits_compute_in_float32_on_the_cpu(tmp_path, kind):
+    model = tiny_model(kind, False, torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert_generates_as(model.float(), Stages(tmp_path, 2, skip_modules=NO_INT8, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_does_not_depend_on_what_runs_with_it(folders, kind):
+    """Not in a single bit: int8 layers, prompts in int8, generated tokens with 16-bit activations."""
+    together = texts()
+    Stages(folders(kind), 2).generate(together)
+    for text in together:
+        alone = Text(text.tokens[: text.prompt])
+        Stages(folders(kind), 1).generate([alone])
+        assert torch.equal(torch.stack(alone.logits), torch.stack(text.logits))
 
 
 UNUSUAL = {
@@ -111,7 +161,7 @@ def test_what_configs_ask_for_besides(folders, name):
 @pytest.mark.parametrize("kind", ["llama", "opt-350m", "bloom"])
 def test_an_int8_head_and_its_embeddings(folders, kind):
     config = {"int8_head": True, "activations": "16bit"}
-    assert_generates_as(in_one_process(folders(kind), **config), Stages(folders(kind), 3, **config), atol=2e-3)
+    assert_generates_as(in_one_process(folders(kind), **config), Stages(folders(kind), 3, **config), ROUNDED_TO_16_BITS)
 
 
 def test_rows_of_prompts_have_int8_activations_and_generated_ones_16_bits(folders):
@@ -152,7 +202,7 @@ def test_a_copied_page_is_a_page_of_its_own(folders, kind):
     for i, token in enumerate((42, 61)):
         with torch.no_grad():
             expected = model(torch.tensor([[*tokens, token, 8]])).logits[0]
-        assert torch.allclose(both[i], expected[4], atol=1e-4) and torch.allclose(again[i], expected[5], atol=1e-4)
+        assert_close(torch.stack([both[i], again[i]]), expected[4:])
 
 
 def test_the_pools_are_all_pages_of_all_blocks(folders):
@@ -180,6 +230,19 @@ def test_more_rows_than_there_is_room_for_are_refused(folders):
     step = Step(9, rows, rows, rows, rows, 0, np.zeros((1, 1, 1), np.int32))
     with pytest.raises(BigInt8Error, match="step 9 has 4 rows, but there is room for 3"):
         open_stage(stages[0], spec, room).run(step, None)
+
+
+def test_memory_is_given_back_when_a_stage_goes(folders):
+    """At once, not when Python next looks for circles: a GPU may be loaded anew."""
+    (stage,), spec = loaded_stages(folders("bloom"), 1)
+    ragged = open_stage(stage, spec, room_for(spec.known_layout))
+    weight = weakref.ref(stage.blocks[0].mlp.dense_h_to_4h.weight)
+    gc.disable()
+    try:
+        del stage, ragged
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 # --- weights that lie side by side -------------------------------------------------------------------------------
@@ -212,7 +275,7 @@ def test_a_layer_that_is_not_int8_stays_apart(folders):
     assert [layer.scale is None for layer in fused.qkv] == [False, True, False] and len(fused.up) == 1
     model = in_one_process(folders("opt"), skip_modules=["k_proj", "lm_head"], activations="16bit")
     stages = Stages(folders("opt"), 2, skip_modules=["k_proj", "lm_head"], activations="16bit")
-    assert_generates_as(model, stages, atol=2e-3)
+    assert_generates_as(model, stages, ROUNDED_TO_16_BITS)
 
 
 def test_what_is_mapped_from_an_int8_checkpoint_is_not_copied(folders, tmp_path):
@@ -221,7 +284,7 @@ def test_what_is_mapped_from_an_int8_checkpoint_is_not_copied(folders, tmp_path)
     assert (len(fused.qkv), len(fused.up)) == (3, 2)
     assert all(layer.weight.untyped_storage().data_ptr() in memory for layer in (*fused.qkv, *fused.up))
     model = in_one_process(tmp_path, activations="16bit")
-    assert_generates_as(model, Stages(tmp_path, 2, activations="16bit"), atol=2e-3)
+    assert_generates_as(model, Stages(tmp_path, 2, activations="16bit"), ROUNDED_TO_16_BITS)
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------

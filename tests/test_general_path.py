@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ragged import NO_INT8, Stages, assert_generates_as, loaded_stages, room_for
+from ragged import NO_INT8, ROUNDED_TO_16_BITS, Stages, assert_generates_as, loaded_stages, room_for
 from tiny import SIZES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,7 +32,7 @@ def test_int8_weights_give_the_tokens_of_one_process(tmp_path, kind):
     model = load_sharded_int8(
         tmp_path, "cpu", config=Int8Config(activations="16bit"), dtype="float32", context=64, progress=False
     )
-    assert_generates_as(model, Stages(tmp_path, 2, general=True, activations="16bit"), atol=2e-3)
+    assert_generates_as(model, Stages(tmp_path, 2, general=True, activations="16bit"), ROUNDED_TO_16_BITS)
 
 
 WITHOUT_RECIPE = {

@@ -4,7 +4,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
 from functools import partial
 
 from numpy.typing import ArrayLike
@@ -20,9 +19,9 @@ from .requests import Completion
 from .scheduler import Scheduler
 from .sequence import Request, Sequence
 from .settings import Detokenize, Settings
-from .stages import StageLost, Stages, StageStats
+from .stages import EngineStats, StageLost, Stages
 from .tables import Tables
-from .trace import Trace
+from .trace import StepSpans, Trace
 
 MAX_RESTARTS = 3
 """How often in a row stages are started again: then something is wrong that a start does not mend."""
@@ -32,25 +31,6 @@ ANSWER_SECONDS = 600.0
 
 CLOSE_SECONDS = 5.0
 """How long closing waits for the thread, which may be in the middle of a step."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine does. Times are in seconds since it was started; `busy`: each stage's share of them.
-
-    tokens: generated so far; tokens_per_s: since the statistics before these
-    free_pages: of each group, those that nobody holds; restarts: of stages
-    """
-
-    seconds: float
-    tokens: int
-    tokens_per_s: float
-    waiting: int
-    running: int
-    free_pages: tuple[int, ...]
-    restarts: int
-    stages: tuple[StageStats, ...]
-    busy: tuple[float, ...]
 
 
 class Engine:
@@ -69,7 +49,8 @@ class Engine:
     ) -> None:
         """`groups` are the pages of each stage. `slots`: how many steps are under way at most, by default one, or one
         more than there are stages. Close it, or use it in a `with`."""
-        self._stages, self._trace = stages, trace
+        self._stages = stages
+        self._spans = None if trace is None else StepSpans(trace)
         self._scheduler = Scheduler(Tables(groups, workload.context), stages.count, workload, slots)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -252,15 +233,19 @@ class Engine:
             return False
 
     def _send_all(self) -> None:
+        start_ns = time.time_ns()
         while (step := self._scheduler.next()) is not None:
-            self._send(step)
+            self._send(step, start_ns)
+            start_ns = time.time_ns()
 
-    def _send(self, step: Step) -> None:
+    def _send(self, step: Step, start_ns: int) -> None:
         """Errors show when the thread waits for the result, whoever sends."""
         try:
             self._stages.send(step)
         except BigInt8Error as error:
             self._not_sent = error
+        if self._spans is not None:
+            self._spans.sent(step.number, start_ns, {"rows": step.rows, "generated": step.few})
 
     def _receive(self) -> Result:
         """The next result that is waited for. Without the lock: others may send meanwhile."""
@@ -270,6 +255,7 @@ class Engine:
         return self._stages.receive(ANSWER_SECONDS)
 
     def _settle(self, result: Result) -> None:
+        start_ns = time.time_ns()
         with self._lock:
             if self._ended is not None:
                 return
@@ -279,13 +265,17 @@ class Engine:
             if result.number == expected:  # others are of before a restart
                 self._tokens += self._scheduler.settle(result)
                 self._restarts_in_a_row = 0
+                if self._spans is not None:
+                    self._spans.back(result.number, start_ns)
 
     # --- stages that are lost ------------------------------------------------------------------------------------
 
     def _recover(self, error: StageLost) -> None:
         """Start the lost stages again, fill their pages, send the steps that were under way once more."""
+        start_ns = time.time_ns()
         with self._lock:
             self._sends_alone = True
+        empty: set[int] = set()
         while True:
             self._restarts += 1
             self._restarts_in_a_row += 1
@@ -293,29 +283,33 @@ class Engine:
                 raise WorkerError(f"stages died {self._restarts_in_a_row} times in a row, at last: {error}") from error
             try:
                 self._not_sent = None
-                self._refill(self._stages.restore())
+                empty.update(self._stages.restore())  # also those that were not filled before the next one died
+                self._refill(empty)
+                empty.clear()
                 with self._lock:
+                    if self._spans is not None:
+                        self._spans.lost(start_ns, f"restore after stage {error.index} was lost")
                     for step in self._scheduler.send_again():
-                        self._send(step)
+                        self._send(step, time.time_ns())
                     self._sends_alone = False
                 return
             except StageLost as another:
                 error = another
 
-    def _refill(self, lost: list[int]) -> None:
+    def _refill(self, empty: set[int]) -> None:
         """Fill the pages of these stages from the tokens of the sequences that go on."""
-        if not lost:
+        if not empty:
             return
         with self._lock:
             self._scheduler.tables.forget_idle()
-            refill = self._scheduler.refill(max(lost) + 1)
+            refill = self._scheduler.refill(max(empty) + 1)
         numbers: deque[int] = deque()
         try:
             while self._ended is None:
                 with self._lock:
                     step = next(refill.steps, None)
                     if step is not None:
-                        self._send(step)
+                        self._send(step, time.time_ns())
                         numbers.append(step.number)
                 if step is None and not numbers:
                     break

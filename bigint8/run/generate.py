@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import BigInt8Error
 from ..plan.plan import Plan
-from .engine import Engine, EngineStats
+from .engine import Engine
 from .requests import Completion, Generated, Reason
 from .settings import settings_from
+from .stages import EngineStats
 from .text import Pieces, Prompt, Text, ids_within
 
 

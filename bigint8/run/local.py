@@ -27,6 +27,9 @@ from .running import answer, room_of
 from .stages import LocalStages
 from .trace import Trace
 
+CAPTURING = "transformers.utils.output_capturing"
+"""Where transformers' hooks for hidden states and attentions are from."""
+
 
 def with_pages(model: Any, trace: Trace | None = None) -> Any:
     """Let a loaded model (`load.loaded.as_loaded`) run over pages, where its family and its device map allow it.
@@ -89,14 +92,18 @@ class _Known:
         modules = list(model.modules())
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._count = self._hook_count()
+        self._foreign = sum(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values())
         self._addresses = _addresses(model)
 
     def _hook_count(self) -> int:
         return sum(map(len, self._hooks))
 
     def has_new_hooks(self) -> bool:
-        """Whether somebody listens in since then."""
-        return self._hook_count() != self._count
+        """Whether somebody listens in since then. Transformers' own hooks stay where hidden states were once asked for;
+        they do nothing unless they are asked for again."""
+        if self._hook_count() == self._count:
+            return False
+        return sum(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values()) != self._foreign
 
     def holds(self, model: Any) -> bool:
         """Whether the model's tensors are still those."""

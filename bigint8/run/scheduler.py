@@ -47,7 +47,7 @@ class Scheduler:
         self.flights: deque[Flight] = deque()
         self.live: dict[Sequence, Request] = {}
         self.admitted = 0  # sequences that were promised their pages
-        self.decoding = 0  # sequences whose prompt is done
+        self.decoding = 0  # sequences whose prompt is done, or all under way
         self._unsent = 0  # prompt tokens of `waiting` and `prompts`
         self._no_room_at = -1
         self._fed_last = False
@@ -174,7 +174,7 @@ class Scheduler:
         left = min(self.workload.chunk, -(-part // PAGE_TOKENS) * PAGE_TOKENS)
         rows: list[Rows] = []
         for request in list(self.prompts):
-            if left and request.sequences[0].flights < self.prompt_flights:
+            if left and request.sequences[0].flights < self.prompt_flights and not request.dropped:
                 rows.append(self._prompt_part(request, left, copies))
                 left -= rows[-1].stop - rows[-1].start
         while left and self.waiting and self._admit(self.waiting[0]):
@@ -198,6 +198,7 @@ class Scheduler:
         self._unsent -= stop - start
         if stop == request.tokens:
             self.prompts.remove(request)
+            self.decoding += len(request.sequences)
         return Rows(first, start, stop, request.few, request)
 
     def _adopt(self, sequence: Sequence, runs: int) -> None:
@@ -272,7 +273,6 @@ class Scheduler:
         first, *others = request.sequences
         if rows.stop == request.tokens:
             request.prompted = True
-            self.decoding += len(request.sequences)
             for other in others:
                 self.tables.fork(first.table, other.table)
                 other.copy_tokens(first)

@@ -32,6 +32,25 @@ class StageStats:
     memory_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine does. Times are in seconds since it was started; `busy`: each stage's share of them.
+
+    tokens: generated so far; tokens_per_s: since the statistics before these
+    free_pages: of each group, those that nobody holds; restarts: of stages
+    """
+
+    seconds: float
+    tokens: int
+    tokens_per_s: float
+    waiting: int
+    running: int
+    free_pages: tuple[int, ...]
+    restarts: int
+    stages: tuple[StageStats, ...]
+    busy: tuple[float, ...]
+
+
 class Stages(Protocol):
     """The stages in order. Every step gives one result, also one that keeps no row, or ends at an earlier stage.
 
@@ -39,7 +58,9 @@ class Stages(Protocol):
     `receive`; the other methods are called by one thread at a time.
     """
 
-    count: int
+    @property
+    def count(self) -> int:
+        """How many stages there are."""
 
     def send(self, step: Step) -> None:
         """Put a step on its way; returns at once. A stage that is lost may show here or in `receive`."""

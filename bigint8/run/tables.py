@@ -1,5 +1,6 @@
 """Which sequence has which page for which of its places, in every group, and how many pages are promised."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -54,6 +55,7 @@ class Tables:
         self._rows = list(range(rows - 1, -1, -1))
         self._owed, self._windows = [0] * len(groups), [0] * len(groups)
         self._loose: list[set[int]] = [set() for _ in groups]
+        self._sources: Counter[tuple[int, int]] = Counter()  # group and page: how many copies hold it
         self._root = Prefix(None, b"", [-1] * len(groups))
         self._windowed = any(group.window is not None for group in groups)
         self.left = 0
@@ -84,14 +86,18 @@ class Tables:
         """A copy of the pages of this run where others hold them too. These stay held: `copied` leaves them."""
         for pool in self.pools:
             page = int(self.array[pool.index, table.row, run])
-            if pool.holders[page] > 1:
+            if pool.holders[page] - self._sources[pool.index, page] > 1:
                 own = self._take(table, pool)
                 self.array[pool.index, table.row, run] = own
+                self._sources[pool.index, page] += 1
                 copies.append((pool.index, page, own))
 
     def copied(self, copies: Sequence[Copy]) -> None:
         """These copies have been made: their sources are not held for them any more."""
         for group, source, _ in copies:
+            self._sources[group, source] -= 1
+            if not self._sources[group, source]:
+                del self._sources[group, source]
             self._leave(self.pools[group], source)
 
     def retire(self, table: Table, place: int) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ Args = dict[str, Any]
 
 MOST_EVENTS = 500_000
 """Some 100 MB of file, which the viewer still opens."""
+
+DRIVER = "driver"
+"""The row of the process that makes steps and hands out tokens."""
 
 
 class Trace:
@@ -77,3 +81,35 @@ class Trace:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+class StepSpans:
+    """What the driver does with each step, in its own row; the steps under way, each in the first row that is free."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._under_way: dict[int, tuple[int, int, Args]] = {}
+        trace.row(DRIVER)
+
+    def sent(self, number: int, start_ns: int, args: Args) -> None:
+        """A step was made and sent, from `start_ns` to now."""
+        now = time.time_ns()
+        self._trace.span(DRIVER, f"send {number}", start_ns, now, args)
+        taken = {row for row, _, _ in self._under_way.values()}
+        row = next(row for row in range(1, len(taken) + 2) if row not in taken)
+        self._under_way[number] = row, now, args
+
+    def back(self, number: int, start_ns: int) -> None:
+        """Its result was there at `start_ns`, and is handed out by now."""
+        self._trace.span(DRIVER, f"hand out {number}", start_ns, time.time_ns())
+        if number in self._under_way:
+            row, sent_ns, args = self._under_way.pop(number)
+            self._trace.span(f"steps under way {row}", f"step {number}", sent_ns, start_ns, args)
+
+    def lost(self, start_ns: int, what: str) -> None:
+        """The steps under way are lost; what was done about it took from `start_ns` to now."""
+        now = time.time_ns()
+        for number, (row, sent_ns, args) in self._under_way.items():
+            self._trace.span(f"steps under way {row}", f"step {number}, lost", sent_ns, start_ns, args)
+        self._under_way.clear()
+        self._trace.span(DRIVER, what, start_ns, now)

@@ -6,7 +6,7 @@ sum over d of a value of the query times a vector of keys. The values are (PAGE,
 
 Up to four queries share each load. For a generated token they are heads of a key head, for a prompt rows of a head.
 
-Places are taken in chunks of CHUNK, counted from place 0. Each chunk has a softmax of its own. The chunks of a query are
+Places are taken in chunks of CHUNK, counted from place 0. Each chunk has a softmax of its own. A query's chunks are
 added in order, weighed by their largest scores (online softmax: Milakov and Gimelshein 2018). Places that a query does
 not see have the weight 0, which adds nothing. So a query's result is the same bits whichever queries share its tile.
 """
@@ -32,6 +32,7 @@ from .numba_floats import (
     load_first,
     multiply,
     multiply_add,
+    prefetch,
     spread,
     stack_floats,
     store,
@@ -51,7 +52,7 @@ MOST_HEAD_DIM = 512
 LOWEST = float("-inf")
 
 # What a tile keeps on the stack: the scores of a chunk, the outputs so far, and four numbers of each query.
-SCORES, OUTPUTS, NUMBERS = TILE * CHUNK, TILE * MOST_HEAD_DIM, 4 * TILE
+SCORES, OUTPUTS, NUMBERS = TILE * CHUNK, TILE * MOST_HEAD_DIM + 2 * WIDTH, 4 * TILE
 
 
 class AttentionWork(ctypes.Structure):
@@ -162,10 +163,17 @@ def _prepare(work, pool, part, parts):
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def _scores_1(q, width, pool, keys, scores, at):
-    """The scores of one query with the keys of a page. Even and odd d are added apart: each sum waits for itself."""
+def _scores_1(q, width, pool, keys, ahead, values, scores, at):
+    """The scores of one query with the keys of a page. Even and odd d are added apart: each sum waits for itself.
+
+    Asks for what is needed next, which the CPU does not foresee: the keys that lie `ahead`, and the page's values.
+    """
     a = b = spread(np.float32(0.0))
     for d in range(0, width - 1, 2):
+        prefetch(pool, ahead + d * PAGE)
+        prefetch(pool, ahead + (d + 1) * PAGE)
+        prefetch(pool, values + d * PAGE)
+        prefetch(pool, values + (d + 1) * PAGE)
         a = multiply_add(spread(q[d]), load(pool, keys + d * PAGE), a)
         b = multiply_add(spread(q[d + 1]), load(pool, keys + (d + 1) * PAGE), b)
     if width % 2:
@@ -174,10 +182,14 @@ def _scores_1(q, width, pool, keys, scores, at):
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def _scores_4(q0, q1, q2, q3, width, pool, keys, scores, at):
+def _scores_4(q0, q1, q2, q3, width, pool, keys, ahead, values, scores, at):
     """`_scores_1` of four queries."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = spread(np.float32(0.0))
     for d in range(0, width - 1, 2):
+        prefetch(pool, ahead + d * PAGE)
+        prefetch(pool, ahead + (d + 1) * PAGE)
+        prefetch(pool, values + d * PAGE)
+        prefetch(pool, values + (d + 1) * PAGE)
         k = load(pool, keys + d * PAGE)
         a0, a1 = multiply_add(spread(q0[d]), k, a0), multiply_add(spread(q1[d]), k, a1)
         a2, a3 = multiply_add(spread(q2[d]), k, a2), multiply_add(spread(q3[d]), k, a3)
@@ -196,22 +208,25 @@ def _scores_4(q0, q1, q2, q3, width, pool, keys, scores, at):
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def _softmax(scores, query, chunk, first, last, slope, place):
-    """Scores of a chunk to weights, those of the places outside [first, last) to 0: the largest score, and their sum."""
+def _softmax(scores, base, pages, first, last, slope, distance):
+    """Scores of a query to weights, 0 outside [first, last): the largest score, and the sum of the weights.
+
+    All places are counted from the first of the chunk. `pages` of it are looked at. `distance`: of the query.
+    """
     top = spread(np.float32(LOWEST))
-    for at in range(0, CHUNK, WIDTH):
-        score = load(scores, query * CHUNK + at)
+    for at in range(0, pages * PAGE, PAGE):
+        score = load(scores, base + at)
         if slope != np.float32(0.0):
-            score = multiply_add(spread(slope), count_from(chunk + at - place), score)
-        score = keep(score, first - chunk - at, last - chunk - at, np.float32(LOWEST))
-        store(scores, query * CHUNK + at, score)
+            score = multiply_add(spread(slope), count_from(at - distance), score)
+        score = keep(score, first - at, last - at, np.float32(LOWEST))
+        store(scores, base + at, score)
         top = larger(score, top)
     largest = largest_of(top)
     total = spread(np.float32(0.0))
-    base = spread(largest if largest > np.float32(LOWEST) else np.float32(0.0))
-    for at in range(0, CHUNK, WIDTH):
-        weight = exp(subtract(load(scores, query * CHUNK + at), base))
-        store(scores, query * CHUNK + at, weight)
+    zero = spread(largest if largest > np.float32(LOWEST) else np.float32(0.0))
+    for at in range(0, pages * PAGE, PAGE):
+        weight = exp(subtract(load(scores, base + at), zero))
+        store(scores, base + at, weight)
         total = add(total, weight)
     return largest, sum_of(total)
 
@@ -223,49 +238,67 @@ def _mix(outputs, at, old, new, value):
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def _values_1(work, pool, pages, head, chunk, first, last, scores, outputs, numbers):
-    """The values of a chunk's places [first, last), weighed, added to the output of one query."""
-    width = work.head_dim
-    before = (work.kv_heads + head) * width * PAGE
-    for d in range(0, width, WIDTH):
-        a = spread(np.float32(0.0))
-        count = min(WIDTH, width - d)
-        for place in range(first, last):
-            page = pages[place // PAGE]
-            if page >= 0:
-                at = page * work.page_stride + before + place % PAGE * width + d
-                v = load(pool, at) if count == WIDTH else load_first(pool, at, count)
-                a = multiply_add(spread(scores[place - chunk]), v, a)
-        _mix(outputs, d, numbers[0], numbers[TILE], a)
+def _load_part(pool, at, count):
+    """A vector of which `count` values are there: as many as fit, or none."""
+    if count >= WIDTH:
+        return load(pool, at)
+    return load_first(pool, at, count)
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def _values_4(work, pool, pages, head, chunk, first, last, scores, outputs, numbers):
+def _values_1(pool, pages, page_stride, before, width, first, last, d, left, scores, base, outputs, numbers):
+    """The values d to d + 31 (`left` of them are there) of places, weighed, added to the output of one query.
+
+    The places are [first, last). The weight of a place is scores[base + place].
+    """
+    a = b = spread(np.float32(0.0))
+    for p in range(first // PAGE, (last + PAGE - 1) // PAGE):
+        page, j = pages[p], max(first, p * PAGE)
+        if page < 0:
+            continue
+        at = page * page_stride + before + j % PAGE * width + d
+        for place in range(j, min(last, (p + 1) * PAGE)):
+            weight = spread(scores[base + place])
+            a = multiply_add(weight, _load_part(pool, at, left), a)
+            b = multiply_add(weight, _load_part(pool, at + WIDTH, left - WIDTH), b)
+            at += width
+    _mix(outputs, d, numbers[0], numbers[TILE], a)
+    _mix(outputs, d + WIDTH, numbers[0], numbers[TILE], b)
+
+
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _values_4(pool, pages, page_stride, before, width, first, last, d, left, scores, base, outputs, numbers):
     """`_values_1` of four queries."""
-    width = work.head_dim
-    before = (work.kv_heads + head) * width * PAGE
-    for d in range(0, width, WIDTH):
-        a0 = a1 = a2 = a3 = spread(np.float32(0.0))
-        count = min(WIDTH, width - d)
-        for place in range(first, last):
-            page = pages[place // PAGE]
-            if page >= 0:
-                at = page * work.page_stride + before + place % PAGE * width + d
-                v = load(pool, at) if count == WIDTH else load_first(pool, at, count)
-                j = place - chunk
-                a0 = multiply_add(spread(scores[j]), v, a0)
-                a1 = multiply_add(spread(scores[CHUNK + j]), v, a1)
-                a2 = multiply_add(spread(scores[2 * CHUNK + j]), v, a2)
-                a3 = multiply_add(spread(scores[3 * CHUNK + j]), v, a3)
-        _mix(outputs, d, numbers[0], numbers[TILE], a0)
-        _mix(outputs, MOST_HEAD_DIM + d, numbers[1], numbers[TILE + 1], a1)
-        _mix(outputs, 2 * MOST_HEAD_DIM + d, numbers[2], numbers[TILE + 2], a2)
-        _mix(outputs, 3 * MOST_HEAD_DIM + d, numbers[3], numbers[TILE + 3], a3)
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = spread(np.float32(0.0))
+    for p in range(first // PAGE, (last + PAGE - 1) // PAGE):
+        page, j = pages[p], max(first, p * PAGE)
+        if page < 0:
+            continue
+        at = page * page_stride + before + j % PAGE * width + d
+        for place in range(j, min(last, (p + 1) * PAGE)):
+            a, b = _load_part(pool, at, left), _load_part(pool, at + WIDTH, left - WIDTH)
+            weight = spread(scores[base + place])
+            a0, b0 = multiply_add(weight, a, a0), multiply_add(weight, b, b0)
+            weight = spread(scores[base + CHUNK + place])
+            a1, b1 = multiply_add(weight, a, a1), multiply_add(weight, b, b1)
+            weight = spread(scores[base + 2 * CHUNK + place])
+            a2, b2 = multiply_add(weight, a, a2), multiply_add(weight, b, b2)
+            weight = spread(scores[base + 3 * CHUNK + place])
+            a3, b3 = multiply_add(weight, a, a3), multiply_add(weight, b, b3)
+            at += width
+    _mix(outputs, d, numbers[0], numbers[TILE], a0)
+    _mix(outputs, d + WIDTH, numbers[0], numbers[TILE], b0)
+    _mix(outputs, MOST_HEAD_DIM + d, numbers[1], numbers[TILE + 1], a1)
+    _mix(outputs, MOST_HEAD_DIM + d + WIDTH, numbers[1], numbers[TILE + 1], b1)
+    _mix(outputs, 2 * MOST_HEAD_DIM + d, numbers[2], numbers[TILE + 2], a2)
+    _mix(outputs, 2 * MOST_HEAD_DIM + d + WIDTH, numbers[2], numbers[TILE + 2], b2)
+    _mix(outputs, 3 * MOST_HEAD_DIM + d, numbers[3], numbers[TILE + 3], a3)
+    _mix(outputs, 3 * MOST_HEAD_DIM + d + WIDTH, numbers[3], numbers[TILE + 3], b3)
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _row_and_head(t, head, query, count, rows):
-    """Of a tile's query: the rows of a tile of `rows` queries are in order, or its heads. What is too many is the last."""
+    """The row and the head of a tile's query; where a tile has fewer than four, those of its last one."""
     i = min(query, count - 1)
     return (t + i, head) if rows else (t, head + i)
 
@@ -280,10 +313,11 @@ def _tile(work, pool, t, head, count, rows):
     kv_head = head // (work.heads // work.kv_heads)
     places = int32_at(state_at(work.state).places, t)
     scores, outputs, numbers = stack_floats(SCORES), stack_floats(OUTPUTS), stack_floats(NUMBERS)
-    for i in range(OUTPUTS):
-        outputs[i] = np.float32(0.0)
     for i in range(TILE):  # of each query: weights of what is there and of what is added, largest score, sum of weights
-        numbers[2 * TILE + i], numbers[3 * TILE + i] = np.float32(LOWEST), np.float32(0.0)
+        numbers[i] = numbers[TILE + i] = numbers[3 * TILE + i] = np.float32(0.0)
+        numbers[2 * TILE + i] = np.float32(LOWEST)
+        for d in range(width + 2 * WIDTH):
+            outputs[i * MOST_HEAD_DIM + d] = np.float32(0.0)
     t0, h0 = _row_and_head(t, head, 0, count, rows)
     t1, h1 = _row_and_head(t, head, 1, count, rows)
     t2, h2 = _row_and_head(t, head, 2, count, rows)
@@ -294,34 +328,54 @@ def _tile(work, pool, t, head, count, rows):
     for i in range(count if rows else 1):
         stop = max(stop, places[i] + 1)
         start = min(start, max(0, places[i] + 1 - work.window) if work.window else 0)
+    page_stride, keys, values = work.page_stride, kv_head * width * PAGE, (work.kv_heads + kv_head) * width * PAGE
     for chunk in range(start // CHUNK * CHUNK, stop, CHUNK):
         first, last = max(start, chunk), min(stop, chunk + CHUNK)
-        for i in range(SCORES):
-            scores[i] = np.float32(LOWEST)
-        for p in range(first // PAGE, (last + PAGE - 1) // PAGE):
-            page = pages[p]
-            if page >= 0:
-                keys, at = page * work.page_stride + kv_head * width * PAGE, p * PAGE - chunk
-                if count == 1:
-                    _scores_1(q0, width, pool, keys, scores, at)
-                else:
-                    _scores_4(q0, q1, q2, q3, width, pool, keys, scores, at)
+        last_page = (last + PAGE - 1) // PAGE
+        for p in range(chunk // PAGE, last_page):
+            page, at = pages[p], p * PAGE - chunk
+            if page < 0 or (p + 1) * PAGE <= first:
+                for i in range(TILE):
+                    store(scores, i * CHUNK + at, spread(np.float32(LOWEST)))
+                continue
+            page *= page_stride
+            ahead = pages[p + 1] * page_stride if (p + 1) * PAGE < stop else page
+            if count == 1:
+                _scores_1(q0, width, pool, page + keys, ahead + keys, page + values, scores, at)
+            else:
+                _scores_4(q0, q1, q2, q3, width, pool, page + keys, ahead + keys, page + values, scores, at)
         for i in range(count):
             ti, hi = _row_and_head(t, head, i, count, rows)
             place = places[ti - t]
             slope = float32_at(work.slopes, hi)[0] if work.slopes else np.float32(0.0)
             begin = max(0, place + 1 - work.window) if work.window else 0
-            largest, total = _softmax(scores, i, chunk, begin, place + 1, slope, place)
+            largest, total = _softmax(
+                scores, i * CHUNK, last_page - chunk // PAGE, begin - chunk, place + 1 - chunk, slope, place - chunk
+            )
             before = numbers[2 * TILE + i]
             top = max(before, largest)
             old = exp(before - top) if before > np.float32(LOWEST) else np.float32(0.0)
             new = exp(largest - top) if largest > np.float32(LOWEST) else np.float32(0.0)
             numbers[i], numbers[TILE + i], numbers[2 * TILE + i] = old, new, top
             numbers[3 * TILE + i] = numbers[3 * TILE + i] * old + total * new
-        if count == 1:
-            _values_1(work, pool, pages, kv_head, chunk, first, last, scores, outputs, numbers)
-        else:
-            _values_4(work, pool, pages, kv_head, chunk, first, last, scores, outputs, numbers)
+        for d in range(0, width, 2 * WIDTH):
+            left = width - d
+            if count == 1 and left >= 2 * WIDTH:
+                _values_1(
+                    pool, pages, page_stride, values, width, first, last, d, 2 * WIDTH, scores, -chunk, outputs, numbers
+                )
+            elif count == 1:
+                _values_1(
+                    pool, pages, page_stride, values, width, first, last, d, left, scores, -chunk, outputs, numbers
+                )
+            elif left >= 2 * WIDTH:
+                _values_4(
+                    pool, pages, page_stride, values, width, first, last, d, 2 * WIDTH, scores, -chunk, outputs, numbers
+                )
+            else:
+                _values_4(
+                    pool, pages, page_stride, values, width, first, last, d, left, scores, -chunk, outputs, numbers
+                )
     for i in range(count):
         ti, hi = _row_and_head(t, head, i, count, rows)
         out = float32_at(work.out, (ti * work.heads + hi) * width)

@@ -63,7 +63,7 @@ def add_outliers(address, part, parts):
 
 
 class Prompt:
-    """Several layers of the same X, for the rows of a step that are of prompts: what a `CpuStep` runs between kernels."""
+    """Several layers of the same X, for the rows of prompts: what a `CpuStep` runs between native calls."""
 
     def __init__(self, x_TK: Tensor) -> None:
         self._x, self._layers = x_TK, list[tuple[Linear, Tensor]]()
@@ -86,7 +86,7 @@ class Prompt:
 
 
 def quantize_by_token(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers of float32 X (T, K), int8 with VNNI, else int16; scales (T, B), all of a row alike; outlier columns (C,)."""
+    """X (T, K) as integers, int8 with VNNI, else int16; scales (T, B), all of a row alike; outlier columns (C,)."""
     tokens, features = x_TK.shape
     narrow = has_int8_dot() and features > 1  # torch mistakes a single column for a row and multiplies wrongly
     q_TK = torch.empty(tokens, features, dtype=torch.int8 if narrow else torch.int16)
@@ -107,8 +107,8 @@ def _multiply(x_TK: Tensor, q_TK: Tensor, x_scale_TB: Tensor, columns_C: Tensor,
     (tokens, features), rows = x_TK.shape, layer.weight.shape[0]
     work = Work(
         x=x_TK.data_ptr(), q=q_TK.data_ptr(), weight=layer.weight.data_ptr(), scale=layer.scale.data_ptr(),
-        bias=0 if layer.bias is None else layer.bias.data_ptr(), y=y_TN.data_ptr(), y_stride=y_TN.stride(0), tokens=tokens,
-        features=features, rows=rows, threshold=layer.threshold, columns=len(columns_C),
+        bias=0 if layer.bias is None else layer.bias.data_ptr(), y=y_TN.data_ptr(), y_stride=y_TN.stride(0),
+        tokens=tokens, features=features, rows=rows, threshold=layer.threshold, columns=len(columns_C),
     )  # fmt: skip
     if q_TK.dtype == torch.int8:
         sums_TN, x_scale_T = torch._int_mm(q_TK, layer.weight.T).contiguous(), x_scale_TB[:, 0].contiguous()

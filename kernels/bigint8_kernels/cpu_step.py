@@ -136,7 +136,7 @@ class CpuStep:
         return cpu_product.multiply, work, parts
 
     def _record_prompt(self, x_TK: Tensor, layers: Sequence[Linear], y_TN: Tensor) -> None:
-        """What int8 layers need between native calls: for rows of prompts, or for all if activations are always int8."""
+        """What int8 layers need between native calls: for rows of prompts, or for all where a layer says so."""
         for always in (False, True):
             first, prompt = 0, Prompt(x_TK)
             for layer in layers:
