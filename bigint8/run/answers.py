@@ -36,6 +36,7 @@ class Answers:
         self._signals: SimpleQueue[None] = SimpleQueue()
         self._lost: tuple[int, str] | None = None
         self._links: list[Link] = []
+        self._closed = False
         try:
             for index, address in enumerate(addresses):
                 connection = knock(address, Hello(Role.DRIVER, epoch), secret, seconds)
@@ -65,8 +66,8 @@ class Answers:
             self._under_way.append(step.number)
         try:
             self._links[0].send(step_message(step))
-        except LinkLost as error:
-            self._lose(0, f"stage 0 is lost: {error}")
+        except LinkLost:
+            pass  # the thread that receives on that link says why
         except BaseException:
             with self._lock:
                 self._under_way.remove(step.number)
@@ -87,6 +88,8 @@ class Answers:
                     return self._result(self._came.pop(number))
                 if self._lost is not None:
                     raise StageLost(*self._lost)
+                if self._closed:
+                    raise WorkerError("the links to the workers were closed")
             try:
                 self._signals.get(timeout=max(0.0, until - time.monotonic()))
             except Empty:
@@ -94,7 +97,9 @@ class Answers:
                 raise WorkerError(f"{step} after {timeout:g} s") from None
 
     def close(self) -> None:
-        """End the links."""
+        """End the links. Who waits for a result gets a WorkerError."""
+        self._closed = True
+        self._signals.put(None)
         for link in self._links:
             link.close()
 

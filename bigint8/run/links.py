@@ -87,8 +87,8 @@ class Link:
     """One end of a connection that both ends have agreed on. `start` begins to receive.
 
     on_message: called by the receiving thread for each message
-    on_lost: called once by a thread of the link when the connection ends or stalls, with a sentence about it; not when
-        this end closes it
+    on_lost: called once by a thread of the link when the connection ends or stalls, with why; not when this end
+        closes it
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class Link:
         self.buffers.close()
         self._rests.close()
         if tell:
-            self._on_lost(self, f"{self.peer}: {self._reason}")
+            self._on_lost(self, self._reason)
 
 
 def _after(parts: list[memoryview], sent: int) -> list[memoryview]:

@@ -47,7 +47,10 @@ POLL_SECONDS = 0.05
 
 
 class Pipeline:
-    """The workers in order. Use as a context manager, or `close` it: that ends the workers and a cluster it started."""
+    """The workers in order. Use as a context manager, or `close` it: that ends the workers and a cluster it started.
+
+    infos: where each worker runs; count: how many stages the loaded model has, 0 before one is loaded
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Pipeline:
         self._group: Any = None
         self._workers: list[Any] = []
         self._plan: Plan | None = None
+        self.count = 0
         self._restarting = threading.Lock()
         self._spec = spec
         self._secret, self._epoch = new_secret(), 0
@@ -134,7 +138,7 @@ class Pipeline:
         if plan.spec.folder is None:
             raise CheckpointError(f"{plan.spec.name}: the plan names no folder with weights")
         plan = replace(plan, spec=replace(plan.spec, folder=plan.spec.folder.absolute()))
-        self._plan = None
+        self._plan, self.count = None, 0
         self._unload()
         try:
             reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
@@ -143,7 +147,7 @@ class Pipeline:
         except BaseException:
             self._unload()
             raise
-        self._plan = plan
+        self._plan, self.count = plan, len(plan.stages)
         return reports
 
     def _start_load(self, plan: Plan, index: int) -> Any:
@@ -176,11 +180,6 @@ class Pipeline:
         return cast("list[LoadReport]", self._get(loads))
 
     # --- links and steps ---
-
-    @property
-    def count(self) -> int:
-        """How many stages the loaded model has."""
-        return 0 if self._plan is None else len(self._plan.stages)
 
     def send(self, step: "Step") -> None:
         """Send a step on its way; returns at once. Raises WorkerError, as `Answers.send` does."""
@@ -302,6 +301,7 @@ class Pipeline:
         self._end_links()
         workers, group, started = self._workers, self._group, self._started_ray
         self._workers, self._group, self._plan, self._started_ray = [], None, None, False
+        self.count = 0
         if not ray.is_initialized():
             return
         try:

@@ -85,4 +85,5 @@ class Tally:
 def _memory() -> tuple[int, int]:
     """Resident and peak bytes of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return psutil.Process().memory_info().rss, peak
+    resident = psutil.Process().memory_info().rss
+    return resident, max(resident, peak)

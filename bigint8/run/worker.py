@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 SWITCH_SECONDS = 0.0005
-"""How long a thread of a worker may go on in Python while another waits, such as the one that receives. Python's own 5 ms
-are as long as a small stage computes."""
+"""How long a thread of a worker may go on in Python while another waits, such as the one that receives. Python's own
+5 ms are as long as a small stage computes."""
 
 
 @dataclass(frozen=True)
