@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bigint8_kernels import gpu, ops, reference, reference_step
+from bigint8_kernels import gpu, ops, reference
 from bigint8_kernels.gpu_tiles import ARCHITECTURES, whole_gemv_tile
 from bigint8_kernels.reference_step import ReferenceOperations
 from bigint8_kernels.step import PAGE, Activation, Attention, Batch, Linear, Norm, pool_shape
@@ -170,7 +170,7 @@ def test_a_launch_that_does_not_split_k_fills_the_gpu_with_warps_or_smaller_tile
     for rows, outputs in ((1, 576), (1, 4096), (1, 12288), (16, 576), (16, 4096), (16, 12288)):
         tile = whole_gemv_tile(rows, outputs, 4096, False, 82)
         programs = -(-outputs // tile.outputs)
-        assert programs * tile.warps >= 8 * 82 or tile.warps == 16 or rows > 1 and programs >= min(82, outputs // 16)
+        assert programs * tile.warps >= 8 * 82 or tile.warps == 16 or (rows > 1 and programs >= min(82, outputs // 16))
     assert whole_gemv_tile(1, 576, 600, False, 82).depth <= 600
 
 
