@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -30,9 +30,6 @@ from .terminal.flags import (
     write_json,
 )
 from .terminal.tables import print_plan, print_summary
-
-if TYPE_CHECKING:
-    from .terminal.chat import Prompter
 
 app = new_app()
 
@@ -97,7 +94,7 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
         print_plan(console, pipeline.plan)
         planned = pipeline.plan
 
-        prompter = _prompter_while(pipeline.start, found, flags.raw)
+        _read_text_while(pipeline.start, pipeline, flags.raw)
         if pipeline.plan is not planned:
             console.print(pipeline.note)
             print_plan(console, pipeline.plan)
@@ -105,37 +102,36 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
         from .terminal.chat import Generation
 
         prompts = flags.prompt or []
-        encoded = [prompter.encode(text, pipeline.plan.workload.context) for text in prompts]
+        for text in prompts:  # one that does not fit is told before the load
+            pipeline.text.encode(text, pipeline.plan.workload.context)
         load_started = time.perf_counter()
         reports = pipeline.load()
         load_seconds = time.perf_counter() - load_started
         print_summary(console, pipeline.plan, reports, load_seconds)
-        generation = Generation(pipeline.model, prompter, flags.max_new_tokens)
+        generation = Generation(pipeline, flags.max_new_tokens)
         result = {
             "model": flags.model,
             "plan": pipeline.plan.to_dict(),
             "load": [asdict(report) for report in reports],
             "timings": {"start_seconds": load_started - started, "load_seconds": load_seconds},
-            "generations": generation.run(prompts, encoded, flags.batch_size),
+            "generations": generation.run(prompts),
         }
         write_json(flags.json_file, result)
         if not prompts and sys.stdin.isatty() and sys.stdout.isatty():
             generation.chat()
 
 
-def _prompter_while(start: Callable[[], None], found: FoundModel, raw: bool) -> "Prompter":
-    """The prompter, whose imports take seconds, made while the workers start, which is mostly waiting."""
+def _read_text_while(start: Callable[[], None], pipeline: ModelPipeline, raw: bool) -> None:
+    """Read the tokenizer, whose imports take seconds, while the workers start, which is mostly waiting."""
     from .load.warm_up import importing
 
-    def make() -> "Prompter":
+    def read() -> None:
         with importing():
-            from .terminal.chat import Prompter
+            pipeline.read_text(raw)
 
-            return Prompter(found.opened().folder, found.spec.access, raw)
-
-    prompter = _in_background(make)
+    done = _in_background(read)
     start()
-    return prompter()
+    done()
 
 
 Result = TypeVar("Result")

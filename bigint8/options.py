@@ -97,8 +97,8 @@ class Workload:
 
     @property
     def most_rows(self) -> int:
-        """The most tokens that run at once: a chunk of each sequence's prompt."""
-        return self.sequences * min(self.chunk, self.context)
+        """The most tokens that run at once: a chunk of prompts, and a token of each sequence."""
+        return min(self.chunk, self.sequences * self.context) + self.sequences
 
     @classmethod
     def of(cls, context: int | None, sequences: int, longest: int | None) -> Self:

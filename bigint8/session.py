@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.folder import absolute, check_target
 from .checkpoint.headers import Checkpoint, open_checkpoint
-from .errors import CheckpointError
+from .errors import BigInt8Error, CheckpointError
 from .options import SHARD_BYTES, Access, Cluster, Int8Config, Workload, dtype_name
 from .plan.cut import make_plan
 from .plan.devices import Device, cuda_devices, find_devices
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from .load.fill import LoadReport
     from .load.intake import CheckReport
     from .load.save import QuantizeReport
+    from .run.engine import Engine
+    from .run.generate import Answer, Generator
     from .run.pipeline import Pipeline
+    from .run.requests import Completion
+    from .run.stages import EngineStats
+    from .run.text import Text
+    from .run.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -125,18 +131,19 @@ def _warm_up(spec: ModelSpec, kinds: Iterable[str]) -> None:
         import_model(spec)
 
 
-def _load_here(placement: Any, checkpoint: Checkpoint, progress: bool) -> Any:
+def _load_here(placement: Any, checkpoint: Checkpoint, progress: bool, trace: "Trace | None" = None) -> Any:
     """The transformers model of a placement, loaded in this process."""
     from .load.bars import LoadProgress
     from .load.loaded import as_loaded
     from .model.config import read_generation_config
+    from .run.local import with_pages
 
     generation_config = read_generation_config(checkpoint.folder)
     with LoadProgress([placement.plan.spec.name], enabled=progress) as bars:
         model, report = placement.load(checkpoint, lambda done, total: bars.update(0, done, total))
     if generation_config is not None:
         model.generation_config = generation_config
-    return as_loaded(model, placement.plan, report)
+    return with_pages(as_loaded(model, placement.plan, report), trace)
 
 
 # --- a pipeline ---
@@ -147,6 +154,7 @@ class ModelPipeline:
 
     plan: which stage lives where; note: where that is not quite what was asked for
     model: the transformers model that runs there, once it is loaded: all of `generate()` works on it
+    engine: what runs the requests of many callers together, once it is loaded
     reports: what loading did, for each stage
 
     One device of this machine needs no workers: then the model lives in this process.
@@ -158,16 +166,26 @@ class ModelPipeline:
         gpus: int | None = None,
         workload: Workload | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
+        trace: "Trace | None" = None,
+        slots: int | None = None,
     ) -> None:
         """Plan for `gpus` devices of this machine, all GPUs or one CPU by default, or of a Ray cluster.
 
-        Raises PlanError when the model does not fit, BigInt8Error and WorkerError where the devices are not there.
+        trace: takes what is loaded and computed, and when
+        slots: how many steps are under way at once, one more than there are stages by default
+
+        Raises PlanError when the model does not fit, BigInt8Error
+        and WorkerError where the devices are not there.
         """
         self.found = found
         self.note: str | None = None
         self.model: Any = None
+        self.engine: Engine | None = None
         self.reports: list[LoadReport] = []
         self._workers: Pipeline | None = None
+        self._trace, self._slots = trace, slots
+        self._text: Text | None = None
+        self._generator: Generator | None = None
         found.opened()
         workload = workload or found.spec.workload()
         if cluster.address is None:
@@ -202,13 +220,15 @@ class ModelPipeline:
     def load(self, progress: bool = True) -> "list[LoadReport]":
         """Load the model; what that did for each stage. Raises what `load_sharded_int8` raises."""
         checkpoint = self.found.opened()
+        self._end_engine()
         self.start()
         if self._workers is None:
             _warm_up(self.plan.spec, (stage.device.kind for stage in self.plan.stages))
 
             from .load.device_map import place_plan
 
-            self.model = _load_here(place_plan(self.plan, checkpoint), checkpoint, progress)
+            self.model = _load_here(place_plan(self.plan, checkpoint), checkpoint, progress, self._trace)
+            self.engine = self.model.engine
             self.reports = [self.model.load_report]
             return self.reports
         from .load.warm_up import importing
@@ -216,20 +236,80 @@ class ModelPipeline:
         with importing():  # while the workers do, too
             from .model.config import read_generation_config, read_hf_config
             from .run.driver import PipelineModel
+            from .run.engine import Engine
 
         # a config that is wrong is told before the load, which may take long
         hf_config = read_hf_config(checkpoint, self.plan.spec.access)
         generation_config = read_generation_config(checkpoint.folder)
         self.reports = self._workers.load(self.plan, progress)
-        self.model = PipelineModel(hf_config, self._workers, self.plan)
+        self.engine = Engine.of(self.plan, self._workers, self._trace, self._slots)
+        self.model = PipelineModel(hf_config, self.engine, self.plan)
         self.model.generation_config = generation_config or self.model.generation_config
         return self.reports
 
+    # --- requests ---
+
+    @property
+    def text(self) -> "Text":
+        """The checkpoint's tokenizer. Raises BigInt8Error where it cannot be read."""
+        return self.read_text()
+
+    def read_text(self, raw: bool = False) -> "Text":
+        """Read the tokenizer, once. `raw`: a prompt is continued as it is, also where there is a chat template."""
+        if self._text is None:
+            from .run.text import Text
+
+            self._text = Text(self.found.opened().folder, self.found.spec.access, raw)
+        return self._text
+
+    @property
+    def _requests(self) -> "Generator":
+        if self.engine is None:
+            why = "its blocks run through transformers' own modules, one batch at a time: use pipe.model.generate(...)"
+            raise BigInt8Error(f"{self.found.spec.name}: {'no model is loaded' if self.model is None else why}")
+        if self._generator is None:
+            from .run.generate import Generator
+
+            self._generator = Generator(self.engine, self.read_text, self.plan, self.model.generation_config)
+        return self._generator
+
+    def generate(self, prompts: Any, generation_config: Any = None, **settings: Any) -> "list[Answer]":
+        """The answers to all prompts, which run together. See `run.generate.Generator`."""
+        return self._requests.generate(prompts, generation_config, **settings)
+
+    def stream(self, prompt: Any, generation_config: Any = None, **settings: Any) -> Iterator[str]:
+        """The answer to one prompt, piece by piece. See `run.generate.Generator`."""
+        return self._requests.stream(prompt, generation_config, **settings)
+
+    async def agenerate(self, prompts: Any, generation_config: Any = None, **settings: Any) -> "list[Answer]":
+        """`generate` for asyncio."""
+        return await self._requests.agenerate(prompts, generation_config, **settings)
+
+    def astream(self, prompt: Any, generation_config: Any = None, **settings: Any) -> AsyncIterator[str]:
+        """`stream` for asyncio."""
+        return self._requests.astream(prompt, generation_config, **settings)
+
+    def submit(self, prompt: Any, generation_config: Any = None, **settings: Any) -> "Completion":
+        """Ask for an answer; returns at once: its tokens as they come. See `run.generate.Generator`."""
+        return self._requests.submit(prompt, generation_config, **settings)[0]
+
+    def stats(self) -> "EngineStats":
+        """Tokens a second, the queue, and the busy share and memory of each stage."""
+        return self._requests.stats()
+
     def close(self) -> None:
-        """Let the model go; end the workers, and the cluster if it was started for them."""
+        """Let the model go; end the workers, and the cluster if it was started for them. Requests that run fail."""
         workers, self._workers, self.model = self._workers, None, None
-        if workers is not None:
-            workers.close()
+        try:
+            self._end_engine()
+        finally:
+            if workers is not None:
+                workers.close()
+
+    def _end_engine(self) -> None:
+        engine, self.engine, self._generator = self.engine, None, None
+        if engine is not None:
+            engine.close()
 
     def _start(self, count: int | None, cluster: Cluster) -> "Pipeline":
         from .run.pipeline import Pipeline
@@ -257,7 +337,12 @@ def open_pipeline(
     access: Access = Access(),  # noqa: B008  (frozen)
     progress: bool = True,
 ) -> Iterator[ModelPipeline]:
-    """Load a model as a pipeline over several devices, to use in a `with` block: its `model` is a transformers model.
+    """Load a model as a pipeline over several devices, to use in a `with` block.
+
+    with open_pipeline("opt-175b", gpus=8) as pipe:
+        answers = pipe.generate(["...", "..."], max_new_tokens=64)
+
+    Its `model` is a transformers model.
 
     model: a preset's name, a folder or a hub id
     gpus: how many devices: all GPUs, or one CPU, by default

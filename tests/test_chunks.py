@@ -17,8 +17,8 @@ from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import cpu_device
 from bigint8.run import driver
 from bigint8.run.driver import PipelineCache, PipelineModel
+from bigint8.run.packed import pack, unpack
 from bigint8.run.running import RunningStage
-from bigint8.run.wire import pack, unpack
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 7, 8, 61, 23, 24, 90, 33, 2]])
 PADDED = torch.tensor([[0] * 6 + [5, 17, 99, 3, 42], list(range(60, 71)), [0, 0, 0, *range(20, 28)]])

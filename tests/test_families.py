@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bigint8_kernels.step import PAGE
 from tiny import SIZES, save_tiny, tiny_config, tiny_model
 from transformers import AutoConfig
 
@@ -9,7 +10,8 @@ from bigint8.errors import PlanError
 from bigint8.families.table import FAMILIES, family_of, layout_of
 from bigint8.model.skeleton import build_skeleton, skeleton_of
 from bigint8.model.stage import StageModel
-from bigint8.options import Int8Config
+from bigint8.options import PAGE_TOKENS, Int8Config, Workload
+from bigint8.plan.memory import pages
 from bigint8.session import find_model
 from bigint8.sources.presets import find_preset, preset_names
 
@@ -50,14 +52,26 @@ def test_stage_bytes_of_a_float32_model_count_the_tables_that_stay_16_bit(kind, 
 
 
 @pytest.mark.parametrize("kind", sorted(SIZES))
-def test_cache_bytes_are_those_of_a_real_cache(kind):
+def test_a_page_holds_the_keys_and_values_of_its_tokens_in_one_block(kind):
     layout = layout_of(tiny_config(kind, True).to_dict())
-    ids = torch.randint(3, 100, (2, 50), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 100, (1, PAGE_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cache = tiny_model(kind, True, torch.float32)(ids, use_cache=True).past_key_values
     assert len(cache.layers) == len(layout.blocks)
     for block, layer in enumerate(cache.layers):
-        assert layout.kv_bytes(block, 50, 2, 4) == layer.keys.nbytes + layer.values.nbytes
+        window = layout.sizes.windows[block]
+        kept = PAGE_TOKENS if window is None else window - 1  # transformers keeps what the next token sees
+        assert layer.keys.shape[2] == kept
+        assert layout.page_bytes(4) * kept == (layer.keys.nbytes + layer.values.nbytes) * PAGE_TOKENS
+
+
+def test_a_pool_has_the_whole_context_of_each_sequence_or_its_window_and_the_chunks_that_run():
+    layout = layout_of(tiny_config("qwen2", True).to_dict())
+    assert layout.groups == (None, 8) and [layout.group_of(b) for b in range(4)] == [0, 0, 1, 1]
+    assert pages(layout, Workload(context=100, sequences=3, chunk=32), 1) == (21, 3 * 2 + 2)
+    assert pages(layout, Workload(context=100, sequences=3, chunk=32), 2) == (21, 3 * 2 + 3 * 2)
+    assert pages(layout, Workload(context=10, sequences=3, chunk=32), 1) == (3, 3)
+    assert PAGE_TOKENS == PAGE
 
 
 @pytest.mark.parametrize("name", preset_names())

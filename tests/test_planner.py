@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from bigint8.errors import BigInt8Error, PlanError
 from bigint8.families.layout import Layout, Module, Part, Sizes
-from bigint8.options import Access, Int8Config, Workload
+from bigint8.options import PAGE_TOKENS, Access, Int8Config, Workload
 from bigint8.plan.cut import fewest_devices, fill_in_order, make_plan
 from bigint8.plan.devices import HOST_RESERVE_BYTES, Device, find_devices, gpu_presets, pick_dtype, preset_gpus
 from bigint8.plan.spec import ModelSpec, spec_of
 from bigint8.sources.find import find_source
 
-SHORT = Workload(context=16)
+SHORT = Workload(context=PAGE_TOKENS)
 
 
 def spec_with(blocks: list[int], embeddings: int = 0, head: int = 0) -> ModelSpec:
@@ -75,7 +75,7 @@ def test_no_other_cut_leaves_the_fullest_device_emptier(blocks, sizes, embedding
             part = sum((block.part for block in layout.blocks[first:last]), Part())
             part += layout.first[0].part if first == 0 else Part()
             part += layout.head.part if last == len(blocks) else Part()
-            kv = sum(layout.kv_bytes(b, 16, 1, 2) for b in range(first, last))
+            kv = (last - first) * 4 * PAGE_TOKENS * 2
             stages.append(replace(stage, weight_bytes=part.weight_bytes(2), kv_bytes=kv))
         assert best <= fullest(replace(plan, stages=tuple(stages))) + 1e-12
 

@@ -50,18 +50,21 @@ NOISE = {"bloom": 0.12, "opt-350m": 0.12, "phi": 0.5}
 """Size of the random weights, 0.2 elsewhere: large enough that greedy decoding does not repeat one token."""
 
 
-def tiny_config(kind: str, tied: bool) -> Any:
+def tiny_config(kind: str, tied: bool, **others: Any) -> Any:
     model_type = kind.partition("-")[0]
     return AutoConfig.for_model(
         model_type, vocab_size=VOCAB, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-        **SIZES[kind],
+        **(SIZES[kind] | others),
     )  # fmt: skip
 
 
-def tiny_model(kind: str, tied: bool, dtype: torch.dtype = torch.float16) -> Any:
-    """A random model whose blocks outweigh its embeddings: it does not just repeat its last token."""
+def tiny_model(kind: str, tied: bool, dtype: torch.dtype = torch.float16, **others: Any) -> Any:
+    """A random model whose blocks outweigh its embeddings: it does not just repeat its last token.
+
+    `others` are further keys of its config.
+    """
     torch.manual_seed(sum(map(ord, kind)) + 2 * tied)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, tied))
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, tied, **others))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * NOISE.get(kind, 0.2))

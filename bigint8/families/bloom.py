@@ -1,6 +1,6 @@
 """BLOOM: a norm after the embeddings, attention biased by distance (alibi), which transformers does not fuse."""
 
-from .layout import Config, Family, Linear, Sizes, first_set
+from .layout import Config, Family, Linear, Recipe, Sizes, first_set
 
 
 def sizes(config: Config) -> Sizes:
@@ -26,7 +26,30 @@ def sizes(config: Config) -> Sizes:
         widest=4 * h,
         final_norm_values=2 * h,
         embedding_norm_values=2 * h,
-        eager_heads=heads,
+    )
+
+
+def recipe(config: Config) -> Recipe | None:
+    """How a block computes, None where the residual stream starts from the normed values."""
+    h, heads = (
+        first_set(config, "hidden_size", "n_embed"),
+        first_set(config, "n_head", "num_attention_heads", default=8),
+    )
+    if config.get("apply_residual_connection_post_layernorm", False):
+        return None
+    return Recipe(
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        qkv=("self_attention.query_key_value",),
+        out="self_attention.dense",
+        up=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        activation="gelu_tanh",
+        heads=heads,
+        kv_heads=heads,
+        head_dim=h // heads,
+        order="heads",
+        alibi=True,
     )
 
 
@@ -38,4 +61,5 @@ FAMILY = Family(
     embedding_norm="transformer.word_embeddings_layernorm",
     final_norm="transformer.ln_f",
     sizes=sizes,
+    recipe=recipe,
 )

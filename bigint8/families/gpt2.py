@@ -1,6 +1,7 @@
 """GPT-2, whose linear layers are stored as (in_features, out_features)."""
 
-from .layout import Config, Family, Linear, Sizes, first_set
+from .conventions import activation_of
+from .layout import Config, Family, Linear, Recipe, Sizes, first_set
 
 
 def sizes(config: Config) -> Sizes:
@@ -31,6 +32,31 @@ def sizes(config: Config) -> Sizes:
     )
 
 
+def recipe(config: Config) -> Recipe | None:
+    """How a block computes, None where the config asks for another attention or activation than fused blocks have."""
+    h, heads = (
+        first_set(config, "n_embd", "hidden_size"),
+        first_set(config, "n_head", "num_attention_heads", default=12),
+    )
+    activation = activation_of(config.get("activation_function", "gelu_new"))
+    unusual = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
+    is_unusual = not config.get("scale_attn_weights", True) or any(config.get(name, False) for name in unusual)
+    if activation is None or is_unusual:
+        return None
+    return Recipe(
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
+        qkv=("attn.c_attn",),
+        out="attn.c_proj",
+        up=("mlp.c_fc",),
+        down="mlp.c_proj",
+        activation=activation,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=h // heads,
+    )
+
+
 FAMILY = Family(
     name="GPT-2",
     model_types=("gpt2",),
@@ -39,4 +65,5 @@ FAMILY = Family(
     positions="transformer.wpe",
     final_norm="transformer.ln_f",
     sizes=sizes,
+    recipe=recipe,
 )

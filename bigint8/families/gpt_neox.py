@@ -1,6 +1,7 @@
 """GPT-NeoX, also Pythia."""
 
-from .layout import Config, Family, Linear, Sizes
+from .conventions import activation_of, rotated_values
+from .layout import Config, Family, Linear, Recipe, Sizes
 
 
 def sizes(config: Config) -> Sizes:
@@ -26,6 +27,30 @@ def sizes(config: Config) -> Sizes:
     )
 
 
+def recipe(config: Config) -> Recipe | None:
+    """How a block computes, None where the config asks for an activation that fused blocks do not have."""
+    activation, heads = activation_of(config.get("hidden_act", "gelu")), config.get("num_attention_heads", 64)
+    if activation is None:
+        return None
+    head_dim = config["hidden_size"] // heads
+    return Recipe(
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        qkv=("attention.query_key_value",),
+        out="attention.dense",
+        up=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        activation=activation,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        order="heads",
+        rotated=rotated_values(config, head_dim, config.get("rotary_pct", 0.25)),
+        parallel=config.get("use_parallel_residual", True),
+        rotary="gpt_neox.rotary_emb",
+    )
+
+
 FAMILY = Family(
     name="GPT-NeoX",
     model_types=("gpt_neox",),
@@ -33,5 +58,6 @@ FAMILY = Family(
     embeddings="gpt_neox.embed_in",
     final_norm="gpt_neox.final_layer_norm",
     sizes=sizes,
+    recipe=recipe,
     old_names={"embed_out": "lm_head"},
 )

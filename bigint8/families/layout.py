@@ -5,9 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..errors import BigInt8Error
-from ..options import Int8Config
+from ..options import PAGE_TOKENS, Int8Config
 
 Config = Mapping[str, Any]
+
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
+"""The same choice as `bigint8_kernels.step.Activation`, which cannot be imported without torch."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,6 @@ class Sizes:
     position_values, embedding_norm_values, final_norm_values: values of each module, None if the model lacks it
     kv_values: keys and values of a token in one block; windows: each block's sliding window in tokens, None where it
         attends to all; widest: outputs of the widest layer
-    eager_heads: heads whose attention scores are written out, 0 where attention is fused
     """
 
     blocks: int
@@ -78,7 +80,6 @@ class Sizes:
     head_bias: bool = False
     windows: tuple[int | None, ...] = ()
     max_context: int | None = None
-    eager_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Recipe:
     out: str
     up: tuple[str, ...]
     down: str
-    activation: str
+    activation: Activation
     heads: int
     kv_heads: int
     head_dim: int
@@ -125,7 +126,8 @@ class Family:
     """One model family: full module names in its transformers model, and its sizes.
 
     `recipe` says how a block computes, None for a config that asks for what fused blocks do not do. `old_names`: from a
-    module's name in older checkpoints to its name here.
+    module's name in older checkpoints to its name here. `masked_positions`: where no positions are given, masked tokens
+    are not counted.
     """
 
     name: str
@@ -134,13 +136,14 @@ class Family:
     embeddings: str
     final_norm: str
     sizes: Callable[[Config], Sizes]
-    recipe: Callable[[Config], Recipe | None] = lambda config: None
+    recipe: Callable[[Config], Recipe | None]
     head: str = "lm_head"
     positions: str | None = None
     embedding_norm: str | None = None
     project_in: str | None = None
     project_out: str | None = None
     old_names: Mapping[str, str] = field(default_factory=dict)
+    masked_positions: bool = False
 
     def block(self, index: int) -> str:
         """The full name of a block."""
@@ -237,12 +240,9 @@ class Layout:
         bias = Part(other_values=self.sizes.vocab * self.sizes.head_bias)
         return replace(self, head=replace(self.head, part=table + bias))
 
-    def kv_bytes(self, block: int, context: int, sequences: int, dtype_bytes: int) -> int:
-        """Bytes of one block's cache once `sequences` of `context` tokens are in it."""
-        window = self.sizes.windows[block]
-        # transformers keeps window - 1 tokens: the window of the next token, without that token
-        tokens = context if window is None else min(context, window - 1)
-        return self.sizes.kv_values * tokens * sequences * dtype_bytes
+    def page_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of a page of keys and values in one block."""
+        return self.sizes.kv_values * PAGE_TOKENS * dtype_bytes
 
 
 def first_set(config: Config, *names: str, default: Any = None) -> Any:

@@ -1,6 +1,9 @@
 """Llama and the families of its shape: Mistral, Qwen2, Qwen3, TinyLlama, SmolLM2."""
 
-from .layout import Config, Family, Linear, Sizes, first_set
+from typing import NamedTuple
+
+from .conventions import activation_of
+from .layout import Config, Family, Linear, Recipe, Sizes, first_set
 
 DEFAULTS: dict[str, Config] = {
     "llama": {"num_attention_heads": 32, "intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -20,13 +23,30 @@ DEFAULTS: dict[str, Config] = {
 """What transformers' config classes take for a key that config.json lacks."""
 
 
+class _Shape(NamedTuple):
+    """Query heads, key heads, values of a head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def _shape(config: Config) -> _Shape:
+    config = {**DEFAULTS[config["model_type"]], **config}
+    heads = config["num_attention_heads"]
+    return _Shape(
+        heads,
+        first_set(config, "num_key_value_heads", default=heads),
+        first_set(config, "head_dim", default=config["hidden_size"] // heads),
+    )
+
+
 def sizes(config: Config) -> Sizes:
     """The sizes from config.json."""
-    kind = config["model_type"]
+    kind, shape = config["model_type"], _shape(config)
     config = {**DEFAULTS[kind], **config}
-    h, f, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    kv_heads = first_set(config, "num_key_value_heads", default=heads)
-    d = first_set(config, "head_dim", default=h // heads)
+    h, f = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads, d = shape.heads, shape.kv_heads, shape.head_dim
     attention_bias = config.get("attention_bias", False)
     qkv_bias = True if kind == "qwen2" else attention_bias
     out_bias = attention_bias and kind != "qwen2"
@@ -67,6 +87,32 @@ def _windows(config: Config, blocks: int) -> tuple[int | None, ...]:
     return tuple(window if i >= full else None for i in range(blocks))
 
 
+def recipe(config: Config) -> Recipe | None:
+    """How a block computes, None where the config asks for an activation that fused blocks do not have."""
+    shape, activation = _shape(config), activation_of(config.get("hidden_act", "silu"))
+    if activation is None:
+        return None
+    has_head_norms = config["model_type"] == "qwen3"
+    return Recipe(
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.o_proj",
+        up=("mlp.gate_proj", "mlp.up_proj"),
+        down="mlp.down_proj",
+        activation=activation,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        rotated=shape.head_dim,
+        gated=True,
+        centered=False,
+        q_norm="self_attn.q_norm" if has_head_norms else None,
+        k_norm="self_attn.k_norm" if has_head_norms else None,
+        rotary="model.rotary_emb",
+    )
+
+
 FAMILY = Family(
     name="Llama",
     model_types=("llama", "mistral", "qwen2", "qwen3"),
@@ -74,4 +120,5 @@ FAMILY = Family(
     embeddings="model.embed_tokens",
     final_norm="model.norm",
     sizes=sizes,
+    recipe=recipe,
 )

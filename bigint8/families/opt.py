@@ -1,6 +1,7 @@
 """OPT, also its 350M model, whose embeddings are narrower than its blocks."""
 
-from .layout import Config, Family, Linear, Sizes, first_set
+from .conventions import activation_of
+from .layout import Config, Family, Linear, Recipe, Sizes, first_set
 
 
 def sizes(config: Config) -> Sizes:
@@ -26,6 +27,26 @@ def sizes(config: Config) -> Sizes:
     )
 
 
+def recipe(config: Config) -> Recipe | None:
+    """How a block computes, None where the config asks for an activation that fused blocks do not have."""
+    activation, heads = activation_of(config.get("activation_function", "relu")), config.get("num_attention_heads", 12)
+    if activation is None:
+        return None
+    return Recipe(
+        attention_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.out_proj",
+        up=("fc1",),
+        down="fc2",
+        activation=activation,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=config["hidden_size"] // heads,
+        norm_last=not config.get("do_layer_norm_before", True),
+    )
+
+
 FAMILY = Family(
     name="OPT",
     model_types=("opt",),
@@ -36,4 +57,6 @@ FAMILY = Family(
     final_norm="model.decoder.final_layer_norm",
     project_out="model.decoder.project_out",
     sizes=sizes,
+    masked_positions=True,
+    recipe=recipe,
 )

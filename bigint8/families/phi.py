@@ -1,6 +1,7 @@
 """Phi 1 to 2: attention and feed-forward side by side, a head with a bias."""
 
-from .layout import Config, Family, Linear, Sizes, first_set
+from .conventions import activation_of, rotated_values
+from .layout import Config, Family, Linear, Recipe, Sizes, first_set
 
 
 def sizes(config: Config) -> Sizes:
@@ -30,6 +31,31 @@ def sizes(config: Config) -> Sizes:
     )
 
 
+def recipe(config: Config) -> Recipe | None:
+    """How a block computes, None where the config asks for an activation that fused blocks do not have."""
+    activation, heads = activation_of(config.get("hidden_act", "gelu_new")), config.get("num_attention_heads", 32)
+    if activation is None:
+        return None
+    head_dim, has_head_norms = config["hidden_size"] // heads, config.get("qk_layernorm", False)
+    return Recipe(
+        attention_norm="input_layernorm",
+        mlp_norm=None,
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.dense",
+        up=("mlp.fc1",),
+        down="mlp.fc2",
+        activation=activation,
+        heads=heads,
+        kv_heads=first_set(config, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        rotated=rotated_values(config, head_dim, config.get("partial_rotary_factor", 0.5)),
+        parallel=True,
+        q_norm="self_attn.q_layernorm" if has_head_norms else None,
+        k_norm="self_attn.k_layernorm" if has_head_norms else None,
+        rotary="model.rotary_emb",
+    )
+
+
 FAMILY = Family(
     name="Phi",
     model_types=("phi",),
@@ -37,4 +63,5 @@ FAMILY = Family(
     embeddings="model.embed_tokens",
     final_norm="model.final_layernorm",
     sizes=sizes,
+    recipe=recipe,
 )

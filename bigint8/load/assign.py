@@ -1,12 +1,15 @@
-"""Which of a checkpoint's tensors goes into which slot of a model, and what is to happen to it on the way."""
+"""Which of a checkpoint's tensors goes into which slot of a model, what is to happen to it on the way, and which slots
+lie side by side."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from ..checkpoint.headers import Checkpoint, TensorInfo, check_weight_dtypes
 from ..checkpoint.int8_format import FORMAT, SCALES
 from ..errors import CheckpointError
+from ..families.layout import Config
+from ..families.table import find_family
 from ..model.skeleton import Skeleton, Slot
 
 SHOWN_NAMES = 10
@@ -60,6 +63,30 @@ def match_tensors(slots: dict[str, Slot], checkpoint: Checkpoint, named: dict[st
         check_weight_dtypes([tensor])
         transfers.append(Transfer(tensor, slot, Step.QUANTIZE if slot.is_int8 else Step.COPY))
     return transfers
+
+
+def side_by_side(slots: Mapping[str, Slot], config: Config) -> list[tuple[str, ...]]:
+    """The slots whose rows lie one after the other in one tensor, so that fused blocks multiply with all of it at once.
+
+    These are the weights, or the biases, of q, k and v of a block, and of gate and up: what the recipe of the model's
+    family names together. Slots that differ in more than their rows, such as one in 16-bit, are left apart.
+    """
+    family = find_family(config["model_type"])
+    recipe = None if family is None else family.recipe(config)
+    if family is None or recipe is None:
+        return []
+    together = []
+    for parts in (recipe.qkv, recipe.up):
+        for attribute in ("weight", "bias"):
+            ending = f".{parts[0]}.{attribute}"
+            blocks = [name.removesuffix(ending) for name in slots if name.endswith(ending)]
+            together += [tuple(f"{block}.{part}.{attribute}" for part in parts) for block in blocks]
+    return [names for names in together if len(names) > 1 and _differ_in_rows_only(names, slots)]
+
+
+def _differ_in_rows_only(names: tuple[str, ...], slots: Mapping[str, Slot]) -> bool:
+    found = [slots[name] for name in names if name in slots]
+    return len(found) == len(names) and len({(slot.is_int8, slot.dtype, slot.data_shape[1:]) for slot in found}) == 1
 
 
 def unused_tensors(skeleton: Skeleton) -> list[str]:

@@ -20,7 +20,7 @@ from ..model.skeleton import Skeleton, skeleton_of
 from ..options import Workload
 from ..plan.cut import fill_in_order, make_plan
 from ..plan.devices import Device, cpu_device, cuda_devices, pick_dtype
-from ..plan.memory import kv_bytes
+from ..plan.memory import kv_bytes, pages
 from ..plan.plan import DeviceMap, Plan, Stage
 from ..plan.spec import ModelSpec, check_workload
 from ..units import FLOAT_BYTES, parse_bytes, readable
@@ -196,9 +196,12 @@ def _as_plan(
     all_of_them, weight_bytes = DeviceMap(named), dict.fromkeys(named.values(), 0)
     for name, slot in skeleton.slots.items():
         weight_bytes[all_of_them[name]] += slot.nbytes
-    cache = 0
+    cache: int = 0
+    held: tuple[int, ...] = ()
     if spec.layout is not None and len(weight_bytes) == 1:
-        cache = kv_bytes(spec.layout, workload.context, workload.sequences, FLOAT_BYTES[dtype])
+        held = pages(spec.layout, workload, 1)
+        blocks = range(len(spec.layout.blocks))
+        cache = sum(kv_bytes(spec.layout, block, held, FLOAT_BYTES[dtype]) for block in blocks)
     stages = [
         Stage(
             index=i,
@@ -212,7 +215,7 @@ def _as_plan(
         )
         for i, (device, size) in enumerate(weight_bytes.items())
     ]
-    return Plan(spec, workload, dtype, tuple(stages))
+    return Plan(spec, workload, dtype, tuple(stages), held)
 
 
 def _check_map(skeleton: Skeleton, devices: DeviceMap) -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint.headers import Checkpoint
 from ..errors import PlanError
 from ..model.skeleton import Skeleton, Slot
 from ..plan.plan import Stage
-from .assign import Step, Transfer
+from .assign import Step, Transfer, side_by_side
 from .convert import store
 from .gpu import GpuWriter
 from .host_memory import HostMemory, MappedFiles, aligned, peak_host_bytes
@@ -61,7 +61,9 @@ def fill(
     device_bytes: dict[str, int] = {}
     for name, slot in slots.items():
         device_bytes[devices[name]] = device_bytes.get(devices[name], 0) + slot.nbytes
-    _allocate({n: s for n, s in slots.items() if n not in mapped}, devices, device_bytes, offload_folder)
+    unmapped = {name: slot for name, slot in slots.items() if name not in mapped}
+    pieces = _pieces(unmapped, devices, side_by_side(unmapped, checkpoint.config))
+    _allocate(pieces, device_bytes, offload_folder)
     read = [t for t in intake.transfers if not (t.slot.name in mapped and t.step in (Step.INT8, Step.COPY))]
     gpus = [device for device in device_bytes if device.startswith("cuda")]
     reading = intake.run(MemorySink(devices), read, on_progress, device_bytes.get("cpu", 0), len(gpus))
@@ -146,22 +148,59 @@ def _map(transfers: Sequence[Transfer], devices: Mapping[str, str]) -> set[str]:
     return mapped
 
 
-def _allocate(
-    slots: Mapping[str, Slot], devices: Mapping[str, str], device_bytes: Mapping[str, int], offload_folder: Path | None
-) -> None:
+@dataclass(frozen=True)
+class _Piece:
+    """Slots that get one tensor: one slot, or several whose rows lie one after the other."""
+
+    device: str
+    slots: tuple[Slot, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.slots[0].data_shape
+        return first if len(self.slots) == 1 else (sum(slot.data_shape[0] for slot in self.slots), *first[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.data_bytes for slot in self.slots)
+
+    def fill(self, data: Tensor, scale: Tensor | None) -> None:
+        """Give each slot its rows of a tensor of this shape, and of the scales of an int8 one."""
+        if len(self.slots) == 1:
+            self.slots[0].fill(data, scale)
+            return
+        rows = [slot.data_shape[0] for slot in self.slots]
+        scales = [None] * len(rows) if scale is None else scale.split(rows)
+        for slot, own, own_scale in zip(self.slots, data.split(rows), scales, strict=True):
+            slot.fill(own, own_scale)
+
+
+def _pieces(slots: Mapping[str, Slot], devices: Mapping[str, str], together: Sequence[tuple[str, ...]]) -> list[_Piece]:
+    """The slots as they are allocated: those of `together` as one, where they are on one device that is no file."""
+    first = {}
+    for names in together:
+        there = {devices[name] for name in names}
+        if len(there) == 1 and "disk" not in there:
+            first[names[0]] = names
+    later = {name for names in first.values() for name in names[1:]}
+    groups = [first.get(name, (name,)) for name in slots if name not in later]
+    return [_Piece(devices[names[0]], tuple(slots[name] for name in names)) for names in groups]
+
+
+def _allocate(pieces: Sequence[_Piece], device_bytes: Mapping[str, int], offload_folder: Path | None) -> None:
     """All memory at once. Raises PlanError with the numbers if a device or the offload folder has too little."""
     if offload_folder is not None:
         free = shutil.disk_usage(offload_folder).free
         if free < device_bytes["disk"]:
             raise PlanError(f"{offload_folder}: {device_bytes['disk']:,} bytes to offload, but {free:,} are free there")
-    on_host = [slot for name, slot in slots.items() if devices[name] == "cpu"]
     device = "cpu"
     try:
-        memory = HostMemory(sum(aligned(slot.data_bytes) for slot in on_host))
-        for name, slot in slots.items():
-            device = devices[name]
+        memory = HostMemory(sum(aligned(piece.nbytes) for piece in pieces if piece.device == "cpu"))
+        for piece in pieces:
+            device = piece.device
+            name = piece.slots[0].name
             file = None if offload_folder is None or device != "disk" else offload_folder / f"{name}.dat"
-            _allocate_slot(slot, where(device), memory if device == "cpu" else None, file)
+            _allocate_piece(piece, memory if device == "cpu" else None, file)
     except (torch.OutOfMemoryError, OSError) as error:
         raise PlanError(
             f"{device}: the weights placed there take {device_bytes[device]:,} bytes, which it does not have free: "
@@ -170,13 +209,15 @@ def _allocate(
         ) from None
 
 
-def _allocate_slot(slot: Slot, device: str, memory: HostMemory | None, file: Path | None) -> None:
-    """Give the slot its memory: on the device, out of a block of the host's, or in a file that is mapped."""
-    shape, count = slot.data_shape, torch.Size(slot.shape).numel()
+def _allocate_piece(piece: _Piece, memory: HostMemory | None, file: Path | None) -> None:
+    """Give its slots their memory: on the device, out of a block of the host's, or in a file that is mapped."""
+    device, dtype, shape = where(piece.device), piece.slots[0].dtype, piece.shape
+    count = torch.Size(shape).numel()
     if file is not None and count:
-        data = torch.from_file(str(file), shared=True, size=count, dtype=slot.dtype).view(shape)
+        data = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
     elif memory is not None:
-        data = memory.take(slot.dtype, count).view(shape)
+        data = memory.take(dtype, count).view(shape)
     else:
-        data = torch.empty(shape, dtype=slot.dtype, device=device)
-    slot.fill(data, torch.empty(slot.out_features, dtype=torch.float32, device=device) if slot.is_int8 else None)
+        data = torch.empty(shape, dtype=dtype, device=device)
+    is_int8 = piece.slots[0].is_int8
+    piece.fill(data, torch.empty(shape[0], dtype=torch.float32, device=device) if is_int8 else None)

@@ -6,7 +6,8 @@ first the position embeddings give zero and the embedding norm is the identity. 
 """
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -43,7 +44,9 @@ class StageModel(nn.Module):
         model, kept = skeleton.model, set(modules)
         blocks = model.get_submodule(family.blocks)
         indices = [i for i in range(len(blocks)) if family.block(i) in kept]
+        self.family, self.indices = family, tuple(indices)
         self.is_first = family.embeddings in kept
+        self.is_last = indices[-1] == len(blocks) - 1
         self.has_head = family.head in kept
         self.slots = {name: slot for name, slot in skeleton.slots.items() if owner(name, family) in kept}
         set_module(model, family.blocks, nn.ModuleList(blocks[i] for i in indices))
@@ -55,6 +58,19 @@ class StageModel(nn.Module):
         self.lm_head = model.get_submodule(family.head) if self.has_head else None
         self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
 
+    def part(self, name: str | None) -> nn.Module | None:
+        """A module by its full name in the model, None where the model lacks it or it lives on another stage."""
+        base = self.family.blocks.rpartition(".")[0]
+        at: nn.Module | None = self.base
+        for attribute in name.removeprefix(f"{base}.").split(".") if name else ():
+            at = None if at is None else at._modules.get(attribute)
+        return at if name else None
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its blocks, in order; `indices` has their numbers in the model."""
+        return list(cast(nn.ModuleList, self.part(self.family.blocks)))
+
     def new_cache(self) -> Any:
         """An empty key-value cache for this stage's blocks."""
         from transformers import DynamicCache
@@ -62,13 +78,19 @@ class StageModel(nn.Module):
         return DynamicCache(config=self.config)
 
     def forward(
-        self, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any | None
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any | None,
+        **options: Any,
     ) -> Tensor:
         """Token ids (batch, tokens) on the first stage, hidden states (batch, tokens, hidden) on later ones.
 
-        attention_mask (batch, past + tokens) or None; position_ids (batch, tokens) or None. Returns hidden states.
+        attention_mask (batch, past + tokens) or None; position_ids (batch, tokens) or None; `options` are for attention
+        functions. Returns hidden states.
         """
-        kwargs: dict[str, Any] = {"input_ids" if self.is_first else "inputs_embeds": inputs}
+        kwargs: dict[str, Any] = {**options, "input_ids" if self.is_first else "inputs_embeds": inputs}
         if self._takes_positions:
             kwargs["position_ids"] = position_ids
         output = cast(_BaseModel, self.base)(
@@ -81,6 +103,45 @@ class StageModel(nn.Module):
         if self.lm_head is None:
             raise RuntimeError("this stage has no head")
         return cast(Tensor, self.lm_head(hidden))
+
+
+class ModelPart:
+    """Blocks [first, last) of a model that is whole in this process, with what is around them, as a stage has it.
+
+    The model stays as it is. This has its modules, but not the model itself.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, first: int, last: int) -> None:
+        blocks = list(model.get_submodule(family.blocks).children())
+        self.family, self.indices, self.blocks = family, tuple(range(first, last)), blocks[first:last]
+        self.is_first, self.is_last = first == 0, last == len(blocks)
+        elsewhere = set() if self.is_first else {family.embeddings, family.positions, family.embedding_norm}
+        elsewhere |= set() if self.is_first else {family.project_in}
+        elsewhere |= set() if self.is_last else {family.final_norm, family.project_out}
+        base = model.get_submodule(family.blocks.rpartition(".")[0])
+        around = {f"{family.blocks.rpartition('.')[0]}.{name}": module for name, module in base.named_children()}
+        self._around = {name: module for name, module in around.items() if name not in {*elsewhere, family.blocks}}
+        head, embeddings = model.get_submodule(family.head), model.get_submodule(family.embeddings)
+        self.has_head = self.is_first if head.weight is embeddings.weight else self.is_last
+        self.lm_head = head if self.has_head else None
+
+    def part(self, name: str | None) -> nn.Module | None:
+        """As `StageModel.part`."""
+        return self._around.get(name) if name else None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of its blocks."""
+        return itertools.chain.from_iterable(block.parameters() for block in self.blocks)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it computes with."""
+        for module in (*self.blocks, *self._around.values(), *filter(None, [self.lm_head])):
+            yield from module.parameters()
+            yield from module.buffers()
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules around its blocks."""
+        return iter(self._around.items())
 
 
 def owner(name: str, family: Family) -> str:

@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..options import Workload
 from ..units import FLOAT_BYTES, readable
 from .devices import Device, pick_dtype
-from .memory import workspace_bytes
+from .memory import kv_bytes, pages, workspace_bytes
 from .plan import Plan, Stage
 from .spec import ModelSpec, check_workload
 
@@ -39,7 +39,7 @@ def make_plan(spec: ModelSpec, devices: Sequence[Device], workload: Workload) ->
         raise PlanError(f"gpus={len(devices)}: {spec.name} has {blocks} blocks; use at most that many devices")
 
     def cut(candidate: ModelSpec) -> Plan:
-        drafted = _Draft(candidate, workload, _dtype(candidate, devices))
+        drafted = _Draft(candidate, workload, _dtype(candidate, devices), len(devices))
         return drafted.plan(drafted.best_cut(devices), devices)
 
     plan = _first_that_fits(spec, cut)
@@ -62,10 +62,10 @@ def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload
     check_workload(spec, workload)
 
     def fill(candidate: ModelSpec) -> Plan:
-        draft = _Draft(candidate, workload, _dtype(candidate, devices[:fast] or devices))
+        draft = _Draft(candidate, workload, _dtype(candidate, devices[:fast] or devices), len(devices))
         stages = draft.fill(devices)
         if stages is not None:
-            return Plan(candidate, workload, draft.dtype, tuple(stages))
+            return Plan(candidate, workload, draft.dtype, tuple(stages), draft.pages)
         some = devices[: len(draft.layout.blocks)]
         return draft.plan(draft.best_cut(some), some)
 
@@ -99,19 +99,21 @@ def _first_that_fits(spec: ModelSpec, cut: Callable[[ModelSpec], Plan]) -> Plan:
 class _Draft:
     """The sizes of one model in one dtype under one workload, and the ways to cut it."""
 
-    def __init__(self, spec: ModelSpec, workload: Workload, dtype: str) -> None:
+    def __init__(self, spec: ModelSpec, workload: Workload, dtype: str, devices: int) -> None:
         self.spec, self.workload, self.dtype = spec, workload, dtype
         self.layout, self._size = spec.known_layout, FLOAT_BYTES[dtype]
-        self._workspace = workspace_bytes(self.layout, workload, self._size)
-        blocks = range(len(self.layout.blocks))
-        context, sequences = workload.context, workload.sequences
-        self._kv = [self.layout.kv_bytes(b, context, sequences, self._size) for b in blocks]
+        self.pages = pages(self.layout, workload, devices)
+        self._kv = [kv_bytes(self.layout, b, self.pages, self._size) for b in range(len(self.layout.blocks))]
 
     def plan(self, cuts: Sequence[int], devices: Sequence[Device]) -> Plan:
         """The plan with these cuts, whether it fits or not."""
         bounds = zip(devices, cuts[:-1], cuts[1:], strict=True)
         stages = tuple(self.stage(i, device, first, last) for i, (device, first, last) in enumerate(bounds))
-        return Plan(self.spec, self.workload, self.dtype, stages)
+        return Plan(self.spec, self.workload, self.dtype, stages, self.pages)
+
+    def workspace(self, device: Device) -> int:
+        """Bytes of a stage's workspace: on the CPU activations are float32."""
+        return workspace_bytes(self.layout, self.workload, self._size, device.kind in ("cpu", "disk"))
 
     def stage(self, index: int, device: Device, first: int, last: int) -> Stage:
         return Stage(
@@ -122,7 +124,7 @@ class _Draft:
             modules=tuple(module.name for module in self.layout.stage(first, last)),
             weight_bytes=self.layout.part(first, last).weight_bytes(self._size),
             kv_bytes=sum(self._kv[first:last]),
-            workspace_bytes=self._workspace,
+            workspace_bytes=self.workspace(device),
         )
 
     def best_cut(self, devices: Sequence[Device]) -> list[int]:
@@ -134,13 +136,14 @@ class _Draft:
         below = [0]
         for block, kv in zip(self.layout.blocks, self._kv, strict=True):
             below.append(below[-1] + block.part.weight_bytes(self._size) + kv)
+        workspaces = [self.workspace(device) for device in devices]
         # what the first and the last stage have besides their blocks; a stage may be both
         front = self.layout.part(0, 0).weight_bytes(self._size)
         back = self.layout.part(blocks, blocks).weight_bytes(self._size)
 
         def share(device: int, first: int, last: int) -> float:
             used = below[last] - below[first] + (front if first == 0 else 0) + (back if last == blocks else 0)
-            return (used + self._workspace) / max(1, devices[device].usable_bytes)
+            return (used + workspaces[device]) / max(1, devices[device].usable_bytes)
 
         best = [[inf] * (blocks + 1) for _ in range(count + 1)]
         came_from = [[0] * (blocks + 1) for _ in range(count + 1)]
@@ -183,7 +186,7 @@ def _does_not_fit(plan: Plan, devices: Sequence[Device]) -> str:
     helps = []
     if len({(d.model, d.usable_bytes) for d in devices}) == 1 and devices[0].kind == "cuda":
         alike = [devices[0]] * len(plan.spec.known_layout.blocks)
-        stages = _Draft(plan.spec.with_int8_head() or plan.spec, plan.workload, plan.dtype).fill(alike)
+        stages = _Draft(plan.spec.with_int8_head() or plan.spec, plan.workload, plan.dtype, len(alike)).fill(alike)
         if stages:
             helps.append(f"{len(stages)} such devices")
     if kv + workspace > weights // 20:

@@ -1,7 +1,10 @@
 """The memory model: what a stage takes of its device besides its weights."""
 
-from ..families.layout import Layout
-from ..options import Workload
+from collections.abc import Sequence
+from math import ceil
+
+from ..families.layout import Layout, Sizes
+from ..options import PAGE_TOKENS, Workload
 from ..units import MIB
 
 HOST_BUFFER_BYTES = 2 * MIB
@@ -21,23 +24,59 @@ KERNEL_BYTES = 64 * MIB
 """What a product may take besides its result: a slice of the weight in a float format."""
 
 
-def workspace_bytes(layout: Layout, workload: Workload, dtype_bytes: int) -> int:
+LOGITS_ROWS = 32
+"""Rows that the head multiplies at once."""
+
+
+def workspace_bytes(layout: Layout, workload: Workload, dtype_bytes: int, on_cpu: bool = False) -> int:
     """An estimate of what a stage needs besides weights and cache: computed, not measured.
 
-    Loading needs the staging ring, on the device too; running comes after it and needs, for the tokens of a prompt's
-    chunk: the residual stream, its norm, and q, k and v (five hidden vectors), two of the widest layer's outputs.
-    Besides: the cache of one block again (a growing cache is copied to grow), the logits, a product's slice; and where
-    attention is not fused (BLOOM), its scores in the model's dtype and their softmax in float32.
+    Loading needs the staging ring, on the device too. Running comes after it. A step has as many rows as a prompt's
+    chunk and a token of every sequence. Besides its rows it needs the logits of those that the head takes at once, and
+    a slice of a product.
     """
-    sizes, sequences = layout.sizes, workload.sequences
-    chunk = min(workload.chunk, workload.context)
-    activations = sequences * chunk * (5 * sizes.hidden + 2 * sizes.widest) * dtype_bytes
-    growing = max(layout.kv_bytes(b, workload.context, sequences, dtype_bytes) for b in range(len(layout.blocks)))
-    scores = sequences * sizes.eager_heads * chunk * workload.context * (2 * dtype_bytes + 4)
-    running = activations + growing + scores + sequences * sizes.vocab * 4 + KERNEL_BYTES
-    return max(running, GPU_CHUNKS * GPU_BUFFER_BYTES)
+    row = _cpu_row_bytes(layout.sizes) if on_cpu else _gpu_row_bytes(layout.sizes, dtype_bytes)
+    logits = LOGITS_ROWS * layout.sizes.vocab * 4
+    return max(workload.most_rows * row + logits + KERNEL_BYTES, GPU_CHUNKS * GPU_BUFFER_BYTES)
 
 
-def kv_bytes(layout: Layout, context: int, sequences: int, dtype_bytes: int) -> int:
-    """Bytes of the whole model's cache once `sequences` of `context` tokens are in it."""
-    return sum(layout.kv_bytes(block, context, sequences, dtype_bytes) for block in range(len(layout.blocks)))
+def _ups(sizes: Sizes) -> int:
+    """How many layers lead into the feed-forward part: two where it is gated."""
+    return sum(linear.outputs == sizes.widest and linear.inputs == sizes.hidden for linear in sizes.linears)
+
+
+def _gpu_row_bytes(sizes: Sizes, dtype_bytes: int) -> int:
+    """The residual stream, its norm, and q, k and v (five hidden vectors), the feed-forward part before and after its
+    activation; the widest input in int8."""
+    return (5 * sizes.hidden + (_ups(sizes) + 1) * sizes.widest) * dtype_bytes + sizes.widest
+
+
+def _cpu_row_bytes(sizes: Sizes) -> int:
+    """Memory of its own for each kind of activation, in float32: the residual stream, its norm, what attention gives,
+    the outputs of all linear layers and the activated feed-forward part. Besides, the widest input as int16, and the
+    int32 sums of the widest product."""
+    outputs = sum(linear.outputs for linear in sizes.linears)
+    return 4 * (3 * sizes.hidden + outputs + sizes.widest) + (2 + 4 * _ups(sizes)) * sizes.widest
+
+
+def pages(layout: Layout, workload: Workload, stages: int) -> tuple[int, ...]:
+    """How many pages of keys and values each group of blocks has (`Layout.groups`): the whole context of each sequence.
+
+    Blocks with a sliding window keep what the next token sees. While a prompt's chunk runs, its own tokens come on top;
+    that many chunks run at once as there are slots: one, or one more than there are stages.
+    """
+    context, slots = workload.context, 1 if stages == 1 else stages + 1
+    whole, chunk = ceil(context / PAGE_TOKENS), ceil(min(workload.chunk, context) / PAGE_TOKENS)
+
+    def group(window: int | None) -> int:
+        if window is None:
+            return workload.sequences * whole
+        kept = min(whole, ceil((window - 1) / PAGE_TOKENS) + 1)  # the first and the last may be partly used
+        return min(workload.sequences * whole, workload.sequences * kept + slots * chunk)
+
+    return tuple(group(window) for window in layout.groups)
+
+
+def kv_bytes(layout: Layout, block: int, pages: Sequence[int], dtype_bytes: int) -> int:
+    """Bytes of one block's pool of keys and values."""
+    return pages[layout.group_of(block)] * layout.page_bytes(dtype_bytes)

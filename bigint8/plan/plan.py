@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
 
 from ..errors import BigInt8Error
-from ..options import Workload
-from ..units import FLOAT_BYTES
+from ..options import PAGE_TOKENS, Workload
 from .devices import Device
-from .memory import kv_bytes
 from .spec import ModelSpec
 
 
@@ -37,15 +36,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a model's stages live. `dtype` is that of everything that is not int8.
+    """Where a model's stages live. `dtype` is that of everything that is not int8, keys and values included.
 
-    `notes` are what a person should know of it: what was changed so that it fits.
+    `pages` is how many pages of keys and values each group of blocks has (`Layout.groups`); none where the model has no
+    layout, or its blocks are spread in no order. `notes` are what a person should know of it: what was changed so that
+    it fits.
     """
 
     spec: ModelSpec
     workload: Workload
     dtype: str
     stages: tuple[Stage, ...]
+    pages: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     def device_map(self) -> dict[str, str]:
@@ -63,16 +65,12 @@ class Plan:
                 f"{tokens} tokens in one sequence, but the model was loaded for a context of {context}; shorten the "
                 "prompt, ask for fewer new tokens, or load with a larger context="
             )
-        if sequences > self.workload.sequences and self._room(sequences, tokens) > self._room():
+        planned = self.workload.sequences * ceil(context / PAGE_TOKENS)
+        if sequences > self.workload.sequences and sequences * ceil(tokens / PAGE_TOKENS) > planned:
             raise BigInt8Error(
                 f"{sequences} sequences of {tokens} tokens at once, but the model was loaded for "
                 f"{self.workload.sequences} of {context}; run fewer at a time, or load with a larger batch_size="
             )
-
-    def _room(self, sequences: int | None = None, tokens: int | None = None) -> int:
-        sequences, tokens = sequences or self.workload.sequences, tokens or self.workload.context
-        layout = self.spec.layout
-        return sequences * tokens if layout is None else kv_bytes(layout, tokens, sequences, FLOAT_BYTES[self.dtype])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, head room included."""
@@ -82,6 +80,7 @@ class Plan:
             "context": self.workload.context,
             "batch_size": self.workload.sequences,
             "chunk": self.workload.chunk,
+            "pages": self.pages,
             "int8": self.spec.int8.to_dict(),
             "notes": list(self.notes),
             "stages": [asdict(stage) | {"headroom_bytes": stage.headroom_bytes} for stage in self.stages],

@@ -1,11 +1,9 @@
-"""The workers of a pipeline over Ray: one for each device, started, loaded, fed and replaced when it dies.
+"""The workers of a pipeline: one for each device. Ray places, starts, watches and replaces them.
 
-A step of the model is a chain of actor calls, each given the reference of the one before: hidden states go from worker
-to worker, and the driver sees only token ids and logits. Where the head is tied to the embeddings, the last hidden
-state returns to the first worker, which has them (a ring).
+Steps and hidden states do not pass through Ray: they go from process to process over links of our own (`flow`,
+`answers`), which are made when a model is loaded, and made anew when a worker was replaced.
 """
 
-import itertools
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -22,23 +20,37 @@ from ..plan.devices import Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cluster import connect, pick
+from .cores import Share
+from .doors import HELLO_SECONDS, new_secret
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..load.fill import LoadReport
-    from .wire import CacheKey
+    from ..model.step import Result, Step
+    from .answers import Answers
+    from .spans import Span, WorkerStats
     from .worker import WorkerInfo
 
 START_SECONDS = 180
 """How long a cluster may take to give us workers."""
+
+ALIVE_SECONDS = 20
+"""How long a worker may take to say that it is alive."""
+
+STATS_SECONDS = 2
+"""How long to wait for what workers say of themselves."""
+
+MAX_RESTORES = 3
+"""How often a pipeline is mended before it is given up, where workers go on dying meanwhile."""
 
 POLL_SECONDS = 0.05
 """How often loading workers are asked how far they are."""
 
 
 class Pipeline:
-    """The workers in order. Use as a context manager, or `close` it: that ends the workers and a cluster it started."""
+    """The workers in order. Use as a context manager, or `close` it: that ends the workers and a cluster it started.
+
+    infos: where each worker runs; count: how many stages the loaded model has, 0 before one is loaded
+    """
 
     def __init__(
         self,
@@ -56,10 +68,13 @@ class Pipeline:
         self._group: Any = None
         self._workers: list[Any] = []
         self._plan: Plan | None = None
-        self.loads = 0
-        self._ids = itertools.count()
-        self._restarting = threading.Lock()  # sequences in several threads may see the same worker die
+        self.count = 0
+        self._restarting = threading.Lock()
         self._spec = spec
+        self._secret, self._epoch = new_secret(), 0
+        self._answers: Answers | None = None
+        self._loaded: set[int] = set()  # the stages that are loaded, and those whose pages the caller thinks are filled
+        self._emptied: set[int] = set()
         self.infos: list[WorkerInfo] = []
         try:
             self._started_ray = connect(workers, cluster.address)
@@ -123,17 +138,29 @@ class Pipeline:
         if plan.spec.folder is None:
             raise CheckpointError(f"{plan.spec.name}: the plan names no folder with weights")
         plan = replace(plan, spec=replace(plan.spec, folder=plan.spec.folder.absolute()))
-        self._plan, self.loads = None, self.loads + 1
+        self._plan, self.count = None, 0
         self._unload()
         try:
-            reports = self._watch([self._workers[i].load.remote(plan, i) for i in range(len(plan.stages))], progress)
+            reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
+            self._loaded = set(range(len(plan.stages)))
+            self._connect(plan)
         except BaseException:
             self._unload()
             raise
-        self._plan = plan
+        self._plan, self.count = plan, len(plan.stages)
         return reports
 
+    def _start_load(self, plan: Plan, index: int) -> Any:
+        """Let a worker load its stage. CPU workers of one box share its cores."""
+        share = Share()
+        if self.kind == "cpu":
+            nodes = [info.node for info in self.infos[: len(plan.stages)]]
+            share = Share(nodes[:index].count(nodes[index]), nodes.count(nodes[index]))
+        return self._workers[index].load.remote(plan, index, share)
+
     def _unload(self) -> None:
+        self._end_links()
+        self._loaded, self._emptied = set(), set()
         for worker in self._workers:
             worker.unload.remote()
 
@@ -152,62 +179,108 @@ class Pipeline:
                         bars.update(i, done, total)
         return cast("list[LoadReport]", self._get(loads))
 
-    def step(
-        self,
-        inputs: "Tensor",
-        key: "CacheKey | None",
-        mask: "Tensor | None",
-        positions: "Tensor | None",
-        keep: "int | Tensor",
-    ) -> "Tensor":
-        """Token ids (batch, tokens) through all stages: logits (batch, kept tokens, vocabulary)."""
-        from .wire import pack, unpack  # needs torch, which nothing before a step needs
+    # --- links and steps ---
 
-        if self._plan is None:
-            raise WorkerError("no model is loaded on the workers; Pipeline.load comes first")
-        packed_mask, packed_positions = pack(mask), pack(positions)
-        kept = keep if isinstance(keep, int) else pack(keep)
-        last = len(self._plan.stages) - 1
-        hidden: Any = pack(inputs)
-        for i, worker in enumerate(self._workers[: last + 1]):
-            hidden = worker.forward.remote(hidden, key, packed_mask, packed_positions, kept if i == last else None)
-        if self._plan.spec.tied and last > 0:
-            hidden = self._workers[0].head.remote(hidden)
-        return cast("Tensor", unpack(self._get(hidden), "cpu"))
+    def send(self, step: "Step") -> None:
+        """Send a step on its way; returns at once. Raises WorkerError, as `Answers.send` does."""
+        self._linked().send(step)
 
-    def new_cache_id(self) -> int:
-        """An id under which the workers keep the keys and values of one batch of sequences."""
-        return next(self._ids)
+    def receive(self, timeout: float) -> "Result":
+        """The result of the oldest step under way. Raises StageLost, WorkerError, as `Answers.receive` does."""
+        return self._linked().receive(timeout)
 
-    def drop(self, cache_id: int) -> None:
-        """Let the workers forget a batch of sequences."""
-        if ray.is_initialized():
-            for worker in self._workers:
-                worker.drop.remote(cache_id)
+    def restore(self) -> list[int]:
+        """Start lost stages again and make all links anew; the indices of those whose pages are empty now.
 
-    def restart_dead(self) -> list[int]:
-        """Start each dead worker again and load its stage; returns their indices. Other workers keep theirs."""
+        No step is under way afterwards. Raises WorkerError where workers cannot be started or go on dying.
+        """
         if self._plan is None:
             return []
         with self._restarting:
-            return self._restart_dead(self._plan)
+            self._end_links()
+            for attempt in range(MAX_RESTORES):
+                try:
+                    self._replace_dead(self._plan)
+                    self._connect(self._plan)
+                    break
+                except WorkerError:
+                    if attempt == MAX_RESTORES - 1:
+                        raise
+            emptied, self._emptied = self._emptied, set()
+        return sorted(emptied)
 
-    def _restart_dead(self, plan: Plan) -> list[int]:
+    def stats(self) -> "list[WorkerStats]":
+        """What each stage has done so far; zeros for one that is not there at the moment."""
+        from .spans import WorkerStats
+
+        asked = [worker.stats.remote() for worker in self._workers[: self.count]]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=STATS_SECONDS) if asked else ([], [])
+        found = []
+        for reference in asked:
+            try:
+                stats = self._get(reference) if reference in ready else None
+            except WorkerError:
+                stats = None
+            found.append(stats or WorkerStats(0.0, 0, 0))
+        return found
+
+    def trace(self, on: bool) -> None:
+        """Let the workers begin to keep spans, or end it."""
+        self._get([worker.trace.remote(on) for worker in self._workers[: self.count]])
+
+    def spans(self) -> "list[list[Span]]":
+        """What each stage did since this was asked last, while it was traced."""
+        return cast("list[list[Span]]", self._get([w.spans.remote() for w in self._workers[: self.count]]))
+
+    def _linked(self) -> "Answers":
+        if self._answers is None:
+            raise WorkerError("no model is loaded on the workers; Pipeline.load comes first")
+        return self._answers
+
+    def _connect(self, plan: Plan) -> None:
+        """Make all links anew, under the next epoch. Raises WorkerError."""
+        from .answers import Answers
+        from .flow import Place
+
+        self._end_links()
+        self._epoch += 1
+        count = len(plan.stages)
+        workers, ring = self._workers[:count], plan.spec.tied and count > 1
+        here = ray.get_runtime_context().get_node_id()
+        one_box = all(info.node == here for info in self.infos[:count])
+        places = [Place(i, count, ring) for i in range(count)]
+        asked = [w.listen.remote(place, one_box, self._secret) for w, place in zip(workers, places, strict=True)]
+        addresses = self._get(asked, ALIVE_SECONDS)
+        nexts = [None if place.goes_out is None else addresses[place.next] for place in places]
+        asked = [w.connect.remote(self._epoch, address) for w, address in zip(workers, nexts, strict=True)]
+        self._get(asked, 2 * HELLO_SECONDS + ALIVE_SECONDS)
+        self._answers = Answers(addresses, self._epoch, self._secret)
+
+    def _end_links(self) -> None:
+        answers, self._answers = self._answers, None
+        if answers is not None:
+            answers.close()
+
+    def _replace_dead(self, plan: Plan) -> None:
+        """Start dead workers again, and load the stages that are not loaded. Raises WorkerError."""
         alive = [worker.progress.remote() for worker in self._workers]
         dead = []
         for i, reference in enumerate(alive):
             try:
-                ray.get(reference, timeout=START_SECONDS)
+                ray.get(reference, timeout=ALIVE_SECONDS)
             except (RayActorError, GetTimeoutError):
                 dead.append(i)
         for i in dead:
             ray.kill(self._workers[i])
+            self._loaded.discard(i)
             self._workers[i] = self._new_worker(self._bundles[i])
         infos = self._get([self._workers[i].describe.remote() for i in dead], START_SECONDS)
         for i, info in zip(dead, infos, strict=True):
             self.infos[i] = info
-        self._get([self._workers[i].load.remote(plan, i) for i in dead if i < len(plan.stages)])
-        return dead
+        lost = [i for i in range(len(plan.stages)) if i not in self._loaded]
+        self._emptied.update(lost)
+        self._get([self._start_load(plan, i) for i in lost])
+        self._loaded.update(lost)
 
     def _get(self, references: Any, timeout: float | None = None) -> Any:
         """`ray.get` with the errors of the interface: those of bigint8 as they were raised, others as WorkerError."""
@@ -217,8 +290,6 @@ class Pipeline:
             cause = error.cause
             if isinstance(cause, BigInt8Error):
                 raise cause from None
-            if isinstance(cause, RayActorError):  # of the worker before this one in a step
-                raise WorkerDied(str(cause)) from error
             raise WorkerError(f"a worker failed: {type(cause).__name__}: {cause}") from error
         except GetTimeoutError:
             raise WorkerError(f"a worker did not answer within {timeout:.0f} s; ray status shows the cluster") from None
@@ -227,8 +298,10 @@ class Pipeline:
 
     def close(self) -> None:
         """End the workers; end the cluster, or the connection to it, that this pipeline began."""
+        self._end_links()
         workers, group, started = self._workers, self._group, self._started_ray
         self._workers, self._group, self._plan, self._started_ray = [], None, None, False
+        self.count = 0
         if not ray.is_initialized():
             return
         try:

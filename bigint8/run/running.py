@@ -1,9 +1,11 @@
-"""A loaded stage and the sequences whose keys and values it keeps."""
+"""A stage that is loaded and runs steps: on a worker, or the whole model in this process."""
 
-import os
-from typing import Any, cast
+from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ..checkpoint.headers import open_checkpoint
 from ..errors import CheckpointError
@@ -12,11 +14,15 @@ from ..families.table import family_of
 from ..load.device_map import prepare_kernels
 from ..load.fill import check_planned_bytes, fill, move_buffers
 from ..load.intake import OnProgress
+from ..model.open_stage import open_stage
+from ..model.ragged import RaggedStage, Room
 from ..model.skeleton import Skeleton, skeleton_of
 from ..model.stage import StageModel, owner
-from ..plan.devices import usable_cpus
+from ..model.step import Step
 from ..plan.plan import Plan
-from .wire import CacheKey, Packed, SequenceLost, pack, unpack
+from .sampling import choose
+
+Values = NDArray[np.int32] | NDArray[np.float32]
 
 
 class RunningStage:
@@ -24,70 +30,41 @@ class RunningStage:
 
     def __init__(self, plan: Plan, index: int, device: str, on_progress: OnProgress) -> None:
         """Load it: read its byte ranges only. Raises what `load_sharded_int8` raises."""
-        torch.set_num_threads(usable_cpus())
-        self._device = device
-        self._caches: dict[int, Any] = {}
         if plan.spec.folder is None:
             raise CheckpointError(f"{plan.spec.name}: the plan names no folder with weights")
         checkpoint = open_checkpoint(plan.spec.folder, plan.spec.access)
         skeleton = skeleton_of(checkpoint, plan.spec, plan.dtype)
         family = family_of(skeleton.model.config.model_type)
         _check_all_placed(plan, skeleton, family)
-        stage = plan.stages[index]
-        self._stage = StageModel(skeleton, family, stage.modules)
-        check_planned_bytes(stage, self._stage.slots)
-        self.report = fill(checkpoint, skeleton, self._stage.slots, lambda name: device, on_progress)
-        if self._stage.has_head:
+        planned = plan.stages[index]
+        stage = StageModel(skeleton, family, planned.modules)
+        check_planned_bytes(planned, stage.slots)
+        self.report = fill(checkpoint, skeleton, stage.slots, lambda name: device, on_progress)
+        if stage.has_head:
             skeleton.tie()
-        move_buffers(self._stage, lambda name: device)
-        prepare_kernels(self._stage, plan.workload.most_rows)
-        self._stage.eval()
+        move_buffers(stage, lambda name: device)
+        prepare_kernels(stage, plan.workload.most_rows)
+        self._stage = open_stage(stage.eval(), plan.spec, room_of(plan, device))
 
-    @torch.inference_mode()
-    def step(
-        self,
-        inputs: Packed,
-        key: CacheKey | None,
-        mask: Packed | None,
-        positions: Packed | None,
-        keep: int | Packed | None,
-    ) -> Packed:
-        """One step of this stage. `keep`, on the last stage: the tokens to return hidden states or logits of."""
-        hidden = self._stage(
-            unpack(inputs, self._device),
-            unpack(mask, self._device),
-            unpack(positions, self._device),
-            None if key is None else self._cache(key),
-        )
-        if keep is not None:
-            index = unpack(keep, self._device) if isinstance(keep, Packed) else slice(-keep if keep else None, None)
-            hidden = hidden[:, index]
-            if self._stage.has_head:
-                hidden = self._stage.head(hidden)
-        return cast(Packed, pack(hidden))
+    def run(self, step: Step, hidden: Tensor | None) -> Tensor:
+        """As `RaggedStage.run`."""
+        return self._stage.run(step, hidden)
 
-    def _cache(self, key: CacheKey) -> Any:
-        if key.id not in self._caches:
-            if key.started:
-                raise SequenceLost(f"the worker in process {os.getpid()} does not know sequence {key.id}")
-            self._caches[key.id] = self._stage.new_cache()
-        cache = self._caches[key.id]
-        for method, argument in key.edits:
-            getattr(cache, method)(torch.tensor(argument) if isinstance(argument, list) else argument)
-        return cache
+    def answer(self, step: Step, hidden_RH: Tensor) -> Values:
+        """What a step asks of its kept rows: chosen tokens int32 (R,), or logits float32 (R, vocabulary)."""
+        return answer(self._stage, step, hidden_RH)
 
-    @torch.inference_mode()
-    def head(self, hidden: Packed) -> Packed:
-        """Logits of the last stage's hidden states, where the head lives with the embeddings."""
-        return cast(Packed, pack(self._stage.head(cast(torch.Tensor, unpack(hidden, self._device)))))
 
-    def drop(self, cache_id: int) -> None:
-        """Forget a batch of sequences."""
-        self._caches.pop(cache_id, None)
+def room_of(plan: Plan, device: str) -> Room:
+    """What a plan leaves room for on one of its devices."""
+    return Room(plan.pages, plan.workload.most_rows, getattr(torch, plan.dtype), torch.device(device))
 
-    def kept(self) -> int:
-        """How many batches of sequences are kept."""
-        return len(self._caches)
+
+def answer(stage: RaggedStage, step: Step, hidden_RH: Tensor) -> Values:
+    """As `RunningStage.answer`."""
+    logits_RV = stage.logits(hidden_RH)
+    values = choose(logits_RV, step) if len(step.choices) else logits_RV
+    return cast(Values, values.cpu().numpy())
 
 
 def _check_all_placed(plan: Plan, skeleton: Skeleton, family: Family) -> None:

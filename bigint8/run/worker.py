@@ -6,6 +6,7 @@ a worker imports them in the background, while others start.
 
 import os
 import socket
+import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,18 @@ from ..load.warm_up import compile_kernels, import_model, importing
 from ..plan.devices import Device, cpu_device, cuda_devices
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
+from .cores import Cores, Share
+from .doors import LOOPBACK, Address
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
-    from .wire import CacheKey, Packed
+    from .flow import Flow, Place
+    from .spans import Span, WorkerStats
+
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread of a worker may go on in Python while another waits, such as the one that receives. Python's own
+5 ms are as long as a small stage computes."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,13 @@ class Worker:
 
     def __init__(self, kind: str, spec: ModelSpec | None = None) -> None:
         """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._kind = kind
+        self._device = "cuda:0" if kind == "cuda" else "cpu"
         self._progress = (0, 0)
         self._stage: Any = None
+        self._flow: Flow | None = None
+        self._cores = Cores()
         self._imports = threading.Thread(target=_import, args=(kind, spec), daemon=True)
         self._imports.start()
 
@@ -55,56 +68,71 @@ class Worker:
         number = int(gpus[0]) if gpus and gpus[0].isdigit() else 0
         return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number)
 
-    def load(self, plan: Plan, index: int) -> "LoadReport":
-        """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded."""
+    def load(self, plan: Plan, index: int, share: Share = Share()) -> "LoadReport":  # noqa: B008  (frozen)
+        """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded.
+
+        share: which of the box's cores to compute on
+        """
         self._imports.join()
+        import torch
+
         from .running import RunningStage
 
         self.unload()
+        torch.set_num_threads(self._cores.take(share))
 
         def on_progress(done: int, total: int) -> None:
             self._progress = (done, total)
 
-        stage = RunningStage(plan, index, "cuda:0" if self._kind == "cuda" else "cpu", on_progress)
+        stage = RunningStage(plan, index, self._device, on_progress)
         self._stage = stage
         return stage.report
 
     def unload(self) -> None:
-        """Give the stage's memory back."""
+        """End the links and give the stage's memory back."""
+        flow, self._flow = self._flow, None
+        if flow is not None:
+            flow.close()
         self._stage, self._progress = None, (0, 0)
+
+    def listen(self, place: "Place", one_box: bool, secret: bytes) -> Address:
+        """Listen for the driver and the stage before, on loopback if all are on one box: where. A stage is loaded."""
+        from .flow import Flow
+
+        if self._flow is None:
+            self._flow = Flow(self._loaded(), place, self._device)
+        return self._flow.listen(LOOPBACK if one_box else ray.util.get_node_ip_address(), secret)
+
+    def connect(self, epoch: int, next_address: Address | None) -> None:
+        """Make the stage's links under an epoch, as the other workers do at the same time. Raises WorkerError."""
+        if self._flow is None:
+            raise WorkerError(f"the worker in process {os.getpid()} does not listen yet")
+        self._flow.connect(epoch, next_address)
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> "WorkerStats | None":
+        """What the stage has done so far; None before it has links."""
+        return None if self._flow is None else self._flow.tally.stats()
+
+    @ray.method(concurrency_group="control")
+    def trace(self, on: bool) -> None:
+        """Begin to keep spans, or end it."""
+        if self._flow is not None:
+            self._flow.spans.on = on
+
+    @ray.method(concurrency_group="control")
+    def spans(self) -> "list[Span]":
+        """The spans kept since they were asked for last."""
+        return [] if self._flow is None else self._flow.spans.take()
 
     @ray.method(concurrency_group="control")
     def progress(self) -> tuple[int, int]:
         """Bytes read so far and in all; (0, 0) before reading begins."""
         return self._progress
 
-    def forward(
-        self,
-        inputs: "Packed",
-        key: "CacheKey | None",
-        mask: "Packed | None",
-        positions: "Packed | None",
-        keep: "int | Packed | None",
-    ) -> "Packed":
-        """One step of this stage."""
-        packed: Packed = self._loaded().step(inputs, key, mask, positions, keep)
-        return packed
-
-    def head(self, hidden: "Packed") -> "Packed":
-        """Logits of the last stage's hidden states, where the head lives with the embeddings."""
-        packed: Packed = self._loaded().head(hidden)
-        return packed
-
-    def drop(self, cache_id: int) -> None:
-        """Forget a batch of sequences."""
-        if self._stage is not None:
-            self._stage.drop(cache_id)
-
     def _loaded(self) -> Any:
-        if self._stage is None:  # a step came between this worker's start and its load
-            from .wire import SequenceLost
-
-            raise SequenceLost(f"the worker in process {os.getpid()} has not loaded its stage yet")
+        if self._stage is None:
+            raise WorkerError(f"the worker in process {os.getpid()} has not loaded its stage yet")
         return self._stage
 
 

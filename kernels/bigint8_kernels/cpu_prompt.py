@@ -7,6 +7,7 @@ order of k, one weight column a value. So no token's result depends on the other
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from . import cpu_product
@@ -18,15 +19,30 @@ from .reference import BLOCK
 from .step import Linear
 
 
+@njit(fastmath={"reassoc", "contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _sum_of_squares(x_K, features):
+    total = np.float32(0.0)
+    for k in range(features):
+        total += x_K[k] * x_K[k]
+    return total
+
+
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _least_outlier(x_K, features, threshold):
+    """From which |x| on a value of this row is an outlier: the threshold times the row's root mean square."""
+    least = threshold * np.sqrt(_sum_of_squares(x_K, features) / np.float32(features))
+    return least if least > 0 else np.float32(np.inf)
+
+
 @kernel
 def to_int8_by_token(address, part, parts):
     """int8 values and scales of rows, each row's outliers left out; marks the columns with outliers."""
     work = work_at(address)
     features, blocks = work.features, blocks_of(work.features)
     outliers_K = int8_at(work.outliers, 0)
-    most = work.threshold if work.threshold > 0 else np.float32(np.inf)
     for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
         x_K, q_K = float32_at(work.x, t * features), int16_at(work.q, t * features)
+        most = _least_outlier(x_K, features, work.threshold)
         largest = np.uint32(0)
         for k in range(features):
             m = magnitude(x_K[k]) if abs(x_K[k]) < most else np.uint32(0)
@@ -54,9 +70,10 @@ def add_outliers(address, part, parts):
     scale_N = float32_at(work.scale, 0)
     for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
         x_K, y_N = float32_at(work.x, t * work.features), float32_at(work.y, t * work.y_stride)
+        most = _least_outlier(x_K, work.features, work.threshold)
         for c in range(work.columns):
             x = x_K[intp_at(work.outliers, c)[0]]
-            if abs(x) >= work.threshold:
+            if abs(x) >= most:
                 w_N = int8_at(work.weight, c * work.rows)
                 for n in range(work.rows):
                     y_N[n] += x * (np.float32(w_N[n]) * scale_N[n])

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from .gpu_tiles import OLDEST
 from .reference import Activations
+from .reference_step import ReferenceOperations
+from .step import Batch, Operations
 
 if TYPE_CHECKING:
     from .cpu_step import CpuStep
@@ -75,6 +77,15 @@ def recorder(device: torch.device, most_rows: int) -> "CpuStep | None":
     from .cpu_step import CpuStep
 
     return CpuStep(most_rows)
+
+
+def operations(batch: Batch) -> Operations:
+    """The operations of a step that compute at once, on the device of the batch: Triton's, or the reference."""
+    if backend_of(batch.places_T.device) == "triton":
+        from .ops import GpuOperations
+
+        return GpuOperations(batch)
+    return ReferenceOperations(batch)
 
 
 def missing_to_launch() -> str | None:

@@ -46,7 +46,12 @@ class Gpu:
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU of a CUDA device. Raises ValueError for one older than 8.0."""
+    """The GPU of a CUDA device. Raises ValueError for one older than 8.0.
+
+    The CPU, where Triton's interpreter runs kernels, is as good as any GPU: an RTX 3090.
+    """
+    if device.type == "cpu":
+        return Gpu(architecture_of(8, 6), 82)
     properties = torch.cuda.get_device_properties(device)
     return Gpu(architecture_of(properties.major, properties.minor), properties.multi_processor_count)
 
@@ -69,25 +74,31 @@ def int8_linear(
     is_float32 = x_TK.dtype == torch.float32
     rows, features = x_TK.shape
     outputs = weight_NK.shape[0]
-
-    def split(tile: MatmulTile | GemvTile) -> int:
-        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
-        return split_of(programs, tile.warps, gpu.processors, features // tile.depth)
-
     if resolve_activations(activations, rows) == "16bit":
         if rows > MOST_GEMV_ROWS:
             return generic.int8_linear(x_TK, weight_NK, scale_N, bias_N, threshold, "16bit")
         vector = gemv_tile(rows, is_float32)
-        vector = replace(vector, split=split(vector))
+        vector = replace(vector, split=_split(vector, rows, outputs, features, gpu))
         return int8_gemv(round_to_16bit(x_TK), weight_NK, scale_N, bias_N, vector)
-    quantized = quantize_activations(x_TK, threshold)
+    tiles = matmul_tiles_of(x_TK, outputs, gpu)
+    q_TK, x_scale_T, outliers_C, count = quantize_activations(x_TK, threshold)
+    return int8_matmul(q_TK, x_scale_T, x_TK, outliers_C, count, weight_NK, scale_N, bias_N, tiles)
+
+
+def matmul_tiles_of(x_TK: Tensor, outputs: int, gpu: Gpu) -> tuple[MatmulTile, ...]:
+    """The tiles that `int8_matmul` of X (T, K) and so many outputs chooses from: several are timed, one may split K."""
+    is_float32, (rows, features) = x_TK.dtype == torch.float32, x_TK.shape
     tiles = matmul_tiles(gpu.architecture, rows, is_float32, features)
     if triton.knobs.runtime.interpret:  # there is nothing to time
         tiles = tiles[:1]
     if is_float32 or rows <= max(FEW_ROW_TILES):
-        tiles = (replace(tiles[0], split=split(tiles[0])),)
-    q_TK, x_scale_T, outliers_C, count = quantized
-    return int8_matmul(q_TK, x_scale_T, x_TK, outliers_C, count, weight_NK, scale_N, bias_N, tiles)
+        tiles = (replace(tiles[0], split=_split(tiles[0], rows, outputs, features, gpu)),)
+    return tiles
+
+
+def _split(tile: MatmulTile | GemvTile, rows: int, outputs: int, features: int, gpu: Gpu) -> int:
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
+    return split_of(programs, tile.warps, gpu.processors, features // tile.depth)
 
 
 def prepare(

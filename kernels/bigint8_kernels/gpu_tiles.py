@@ -115,6 +115,12 @@ an SM, at 128 registers, have 32 KB on their way. An RTX 3090 brings 6.7 bytes a
 FLOAT32_GEMV_TILE = GemvTile(16, 16, 64, 4, 1)
 """For a few rows of float32 X, which no tensor core multiplies exactly."""
 
+ONE_ROW_GEMV_TILES = (GEMV_TILES[1], *(GemvTile(1, 8, 512 * n, 2 * n, 1) for n in (2, 4, 8)))
+"""For one row where K is not split: more warps a program, each with its part of a step."""
+
+FEW_ROW_GEMV_TILES = (GEMV_TILES[16], GemvTile(16, 32, 256, 4, 3), GemvTile(16, 16, 256, 2, 4))
+"""For several rows where K is not split: fewer outputs a program where these are so few that SMs would have none."""
+
 MOST_SPLITS = 8
 
 WARPS_WANTED = 8
@@ -153,6 +159,21 @@ def matmul_tiles(
 def gemv_tile(rows: int, is_float32: bool = False) -> GemvTile:
     """The tile for a few rows."""
     return GEMV_TILES[1] if rows == 1 else FLOAT32_GEMV_TILE if is_float32 else GEMV_TILES[16]
+
+
+def whole_gemv_tile(rows: int, outputs: int, features: int, is_float32: bool, processors: int) -> GemvTile:
+    """The tile for a few rows where K is not split: one launch, however few outputs there are.
+
+    One row: a program has so many warps, each with its part of a step, that an SM has eight, as far as K allows.
+    """
+    if rows > 1:
+        if is_float32:
+            return FLOAT32_GEMV_TILE
+        fitting = (tile for tile in FEW_ROW_GEMV_TILES if -(-outputs // tile.outputs) >= processors)
+        return next(fitting, FEW_ROW_GEMV_TILES[-1])
+    possible = [tile for tile in ONE_ROW_GEMV_TILES if tile.depth <= features] or ONE_ROW_GEMV_TILES[:1]
+    enough = (tile for tile in possible if outputs // tile.outputs * tile.warps >= WARPS_WANTED * processors)
+    return next(enough, possible[-1])
 
 
 def split_of(programs: int, warps: int, processors: int, steps: int) -> int:

@@ -11,10 +11,9 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +21,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_activations, triton_gemv, triton_matmul, triton_weights
-from .gpu_tiles import (
-    ARCHITECTURES,
-    FEW_ROW_TILES,
-    FLOAT32_GEMV_TILE,
-    GEMV_TILES,
-    MATMUL_TILES,
-    MOST_SPLITS,
-    GemvTile,
-    MatmulTile,
-    matmul_tiles,
-)
+from .gpu_tiles import ARCHITECTURES
 from .triton_numbers import EXACT
+from .variants import FLOAT_NUMBERS, KERNELS, POINTERS, Variant, variants
 
-FLOATS = ("fp16", "bf16", "fp32")
 REGISTERS, WARP = 65536, 32
 REGISTER_UNIT = 256
 """Registers are given to a warp in such units."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with one choice of everything that is compiled into it. `weights` is how many int8 weights of W a
-    warp multiplies in a step of the inner loop, 0 for kernels that have none."""
-
-    kernel: str
-    capability: int
-    dtype: str
-    constants: tuple[tuple[str, Any], ...]
-    warps: int
-    stages: int
-    label: str
-    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,78 +54,6 @@ class Resources:
         return sum(self.loop.values()) * WARP / self.variant.weights if self.variant.weights else 0.0
 
 
-KERNELS: dict[str, Any] = {
-    "quantize_rows": triton_weights.quantize_rows_kernel,
-    "mark_outliers": triton_activations.mark_outliers_kernel,
-    "quantize_activations": triton_activations.quantize_activations_kernel,
-    "int8_matmul": triton_matmul.int8_matmul_kernel,
-    "gather_columns": triton_matmul.gather_columns_kernel,
-    "finish_matmul": triton_matmul.finish_matmul_kernel,
-    "int8_gemv": triton_gemv.int8_gemv_kernel,
-    "add_parts": triton_gemv.add_parts_kernel,
-}
-
-INT8, INT32, FLOAT32 = "*i8", "*i32", "*fp32"
-POINTERS = {
-    "source": "*{dtype}", "x": "*{dtype}", "y": "*{dtype}", "bias": "*{dtype}", "out": INT8, "q": INT8, "w": INT8,
-    "marks": INT8, "w_outliers": INT8, "scale": FLOAT32, "x_scale": FLOAT32, "w_scale": FLOAT32, "parts": FLOAT32,
-    "bad": INT32, "outliers": INT32, "count": INT32, "sums": INT32,
-}  # fmt: skip
-
-
-def variants(capability: int) -> Iterator[Variant]:
-    """All that dispatch can choose on this architecture, for weights whose width is a multiple of 16."""
-    for dtype in FLOATS:
-        for width in triton_weights.BLOCKS:
-            block, warps, wide = triton_weights.block_of(width)
-            chosen = (("BLOCK", block), ("WIDE", wide))
-            label = f"{block}{' and more' if wide else ''}"
-            yield Variant("quantize_rows", capability, dtype, chosen, warps, 3, label)
-            listed = (*chosen, ("LIST", triton_activations.LIST_BLOCK))
-            yield Variant("quantize_activations", capability, dtype, listed, warps, 3, label)
-        marks = (("BLOCK_ROWS", triton_activations.MARK_ROWS), ("BLOCK_COLUMNS", triton_activations.MARK_COLUMNS))
-        yield Variant("mark_outliers", capability, dtype, marks, 4, 3, "")
-        architecture = ARCHITECTURES[capability]
-        is_float32 = dtype == "fp32"
-        tiles = {tile for rows in (*FEW_ROW_TILES, 2048) for tile in matmul_tiles(architecture, rows, is_float32)}
-        for tile in sorted(tiles, key=lambda tile: (tile.rows, tile.outputs)):
-            yield from _matmul_variants(capability, dtype, tile)
-        for gemv in (GEMV_TILES[1], FLOAT32_GEMV_TILE if is_float32 else GEMV_TILES[16]):
-            yield from _gemv_variants(capability, dtype, gemv)
-        add = (("BLOCK_N", triton_gemv.ADD_BLOCK), ("MOST", MOST_SPLITS))
-        yield Variant("add_parts", capability, dtype, add, 4, 3, f"up to {MOST_SPLITS} parts")
-
-
-def _matmul_variants(capability: int, dtype: str, tile: MatmulTile) -> Iterator[Variant]:
-    weights = tile.outputs * tile.depth // tile.warps
-    is_split = not any(tile in tiles for tiles in MATMUL_TILES.values())
-    is_masked = not any(tile in tiles[1:] for tiles in MATMUL_TILES.values())
-    for split, whole in product((False, True)[: 1 + is_split], (True, False)[: 1 + is_masked]):
-        chosen = (
-            ("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth), ("BLOCK_C", tile.outliers),
-            ("GROUP", tile.group), ("SPLIT", split), ("WHOLE", whole),
-        )  # fmt: skip
-        label = f"{tile.rows} x {tile.outputs} x {tile.depth}{_label_of_k(split, whole)}"
-        yield Variant("int8_matmul", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
-    gather = (("BLOCK_N", triton_matmul.GATHER_OUTPUTS), ("BLOCK_C", triton_matmul.GATHER_COLUMNS))
-    label = f"{triton_matmul.GATHER_OUTPUTS} x {triton_matmul.GATHER_COLUMNS}"
-    yield Variant("gather_columns", capability, "int8", gather, 4, 3, label)
-    finish = triton_matmul.FINISH
-    last = (("BLOCK_T", finish.rows), ("BLOCK_N", finish.outputs), ("BLOCK_C", finish.outliers))
-    yield Variant("finish_matmul", capability, dtype, last, finish.warps, 1, f"{finish.rows} x {finish.outputs}")
-
-
-def _gemv_variants(capability: int, dtype: str, tile: GemvTile) -> Iterator[Variant]:
-    weights = tile.outputs * tile.depth // tile.warps
-    chosen = (("BLOCK_T", tile.rows), ("BLOCK_N", tile.outputs), ("BLOCK_K", tile.depth))
-    label = f"{tile.rows} x {tile.outputs} x {tile.depth}"
-    yield Variant("int8_gemv", capability, dtype, chosen, tile.warps, tile.stages, label, weights)
-
-
-def _label_of_k(split: bool, whole: bool) -> str:
-    return f"{', K split' if split else ''}{'' if whole else ', K masked'}"
-
-
 def compile_variant(variant: Variant) -> Any:
     """The compiled kernel, for pointers and sizes that are multiples of 16. Raises what triton raises."""
     kernel = KERNELS[variant.kernel]
@@ -162,7 +63,7 @@ def compile_variant(variant: Variant) -> Any:
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "threshold":
+        elif name in FLOAT_NUMBERS:
             signature[name] = "fp32"
         else:
             signature[name] = POINTERS[name].format(dtype=variant.dtype) if name in POINTERS else "i32"

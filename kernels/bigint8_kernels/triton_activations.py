@@ -4,6 +4,9 @@
     scale[t] = max over k not an outlier of |x[t, k]| / 127
     q[t, k] = 0 if outlier[k] else round(x[t, k] / scale[t])
 
+By token, the outliers are single values instead: outlier[t, k] = |x[t, k]| >= threshold. Their columns are marked and
+listed all the same; a value of such a column that is no outlier itself stays in the int8 part.
+
 Whether a column is an outlier is known only when all rows were seen, so there are two launches: one marks columns, one
 quantizes rows and, in a program of its own, lists the marked columns in ascending order. X is read twice, the second
 time from the L2 cache where it fits there (2048 tokens of 1024 features in 4 MB of float16). Traffic of the second
@@ -40,13 +43,20 @@ def mark_outliers_kernel(
     tl.store(marks + k, tl.full((BLOCK_COLUMNS,), 1, tl.int8), mask=(largest >= threshold) & (k < columns))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _others(values, marked, least):
+    """The values that are not in the outlier part, 0 for those that are: |x| >= `least` in a marked column."""
+    return tl.where((marked > 0) & (tl.abs(values.to(tl.float32)) >= least), 0.0, values)
+
+
+@triton.jit(do_not_specialize=["rows", "least"])
 def quantize_activations_kernel(
-    x, marks, out, scale, outliers, count, rows, columns, stride,
+    x, marks, out, scale, outliers, count, rows, columns, stride, least,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """`out` int8 (T, K) and `scale` float32 (T,) of `x`; the first program lists the marked columns: `outliers` int32
-    (K,), of which the first `count` int32 (1,) are set. WIDE: rows may have more than BLOCK values.
+    (K,), of which the first `count` int32 (1,) are set. WIDE: rows may have more than BLOCK values. `least` is 0 where
+    all of a marked column are outliers.
 
     That program takes longest, so it is the first: the others run beside it.
     """
@@ -68,29 +78,32 @@ def quantize_activations_kernel(
         k = tl.arange(0, BLOCK)
         values = tl.load(x + k, mask=k < columns, other=0.0)
         marked = tl.load(marks + k, mask=k < columns, other=0)
-        values = tl.where(marked > 0, 0.0, values)
+        values = _others(values, marked, least)
         largest = tl.max(magnitude(values))
         if WIDE:
             for start in range(BLOCK, columns, BLOCK):
                 more = tl.load(x + start + k, mask=start + k < columns, other=0.0)
                 marked = tl.load(marks + start + k, mask=start + k < columns, other=0)
-                largest = tl.maximum(largest, tl.max(tl.where(marked > 0, 0, magnitude(more))))
+                largest = tl.maximum(largest, tl.max(magnitude(_others(more, marked, least))))
         row_absmax_scale, inverse = row_scale(magnitude_to_float32(largest, dtype))
         tl.store(scale + row, row_absmax_scale)
         tl.store(out + k, round_to_int8(values.to(tl.float32) * inverse), mask=k < columns)
         if WIDE:
             for start in range(BLOCK, columns, BLOCK):
-                more = tl.load(x + start + k, mask=start + k < columns, other=0.0).to(tl.float32)
+                more = tl.load(x + start + k, mask=start + k < columns, other=0.0)
                 marked = tl.load(marks + start + k, mask=start + k < columns, other=0)
-                more = tl.where(marked > 0, 0.0, more)
+                more = _others(more, marked, least).to(tl.float32)
                 tl.store(out + start + k, round_to_int8(more * inverse), mask=start + k < columns)
 
 
-def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_activations(
+    x_TK: Tensor, threshold: float, by_token: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.quantize_activations` bit for bit: int8 (T, K), float32 scales (T,), and the outlier columns.
 
     These are int32 (K,), ascending, of which as many are set as the last result, int32 (1,), says. All stay on the
-    device. X's rows may be apart, its last dimension is contiguous. A threshold of 0 means no outliers.
+    device. X's rows may be apart, its last dimension is contiguous. A threshold of 0 means no outliers. `by_token`: as
+    `reference.int8_linear_by_token` does it.
     """
     rows, columns = x_TK.shape
     device = x_TK.device
@@ -108,6 +121,6 @@ def quantize_activations(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor
     block, warps, wide = block_of(columns)
     quantize_activations_kernel[(rows + 1,)](
         x_TK, marks_K, q_TK, scale_T, outliers_K, count, rows, columns, x_TK.stride(0),
-        BLOCK=block, WIDE=wide, LIST=LIST_BLOCK, num_warps=warps, **EXACT,
+        float(threshold) if by_token else 0.0, BLOCK=block, WIDE=wide, LIST=LIST_BLOCK, num_warps=warps, **EXACT,
     )  # fmt: skip
     return q_TK, scale_T, outliers_K, count

@@ -67,10 +67,11 @@ def gather_columns_kernel(
 @triton.jit
 def _finish(
     acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
-    has_bias, is_gathered, BLOCK_C: tl.constexpr,
+    y_stride, least, has_bias, is_gathered, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The outlier part, both scales and the bias, and the store of a tile of Y.
 
+    Values of these columns below `least` are in the int8 part, and zero here.
     If `is_gathered`, the first columns are in `w_outliers` int8 (N, GATHERED), the others in `w`; else all are in `w`.
     """
     t_safe, n_safe = t % rows, n % outputs  # rows beyond the end read others', and are not stored
@@ -84,24 +85,26 @@ def _finish(
         c = start + tl.arange(0, BLOCK_C)
         column = tl.load(outliers + c, mask=c < found, other=0)
         x_TC = tl.load(x_rows + column[None, :], mask=(c < gathered)[None, :], other=0.0)
+        x_TC = tl.where(tl.abs(x_TC.to(tl.float32)) < least, 0.0, x_TC)
         w_NC = int8_to(tl.load(column_rows + c[None, :]), x_TC.dtype)
         total = tl.dot(x_TC, tl.trans(w_NC), total, input_precision="ieee")
     for start in range(gathered, found, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         column = tl.load(outliers + c, mask=c < found, other=0)
         x_TC = tl.load(x_rows + column[None, :], mask=(c < found)[None, :], other=0.0)
+        x_TC = tl.where(tl.abs(x_TC.to(tl.float32)) < least, 0.0, x_TC)
         w_NC = int8_to(tl.load(w_rows + column[None, :]), x_TC.dtype)
         total = tl.dot(x_TC, tl.trans(w_NC), total, input_precision="ieee")
     total *= tl.load(w_scale + n_safe)[None, :]
     total += tl.load(bias + n, mask=n < outputs * has_bias, other=0.0).to(tl.float32)[None, :]
     inside = (t < rows)[:, None] & (n < outputs)[None, :]
-    tl.store(y + t.to(tl.int64)[:, None] * outputs + n[None, :], total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + t.to(tl.int64)[:, None] * y_stride + n[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "bucket", "has_bias", "is_gathered", "split"])
+@triton.jit(do_not_specialize=["rows", "bucket", "least", "has_bias", "is_gathered", "split"])
 def int8_matmul_kernel(
     q, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, sums,
-    rows, outputs, features, x_stride, bucket, has_bias, is_gathered, split,
+    rows, outputs, features, x_stride, y_stride, bucket, least, has_bias, is_gathered, split,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -133,14 +136,14 @@ def int8_matmul_kernel(
     else:
         _finish(
             acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
-            has_bias, is_gathered, BLOCK_C,
+            y_stride, least, has_bias, is_gathered, BLOCK_C,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "has_bias", "is_gathered"])
+@triton.jit(do_not_specialize=["rows", "least", "has_bias", "is_gathered"])
 def finish_matmul_kernel(
     x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, sums,
-    rows, outputs, features, x_stride, has_bias, is_gathered,
+    rows, outputs, features, x_stride, y_stride, least, has_bias, is_gathered,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of Y from `sums` int32 (T, N), where K was split."""
@@ -150,7 +153,7 @@ def finish_matmul_kernel(
     acc = tl.load(sums + t.to(tl.int64)[:, None] * outputs + n[None, :], mask=inside, other=0)
     _finish(
         acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
-        has_bias, is_gathered, BLOCK_C,
+        y_stride, least, has_bias, is_gathered, BLOCK_C,
     )  # fmt: skip
 
 
@@ -186,21 +189,25 @@ def int8_matmul(
     scale_N: Tensor,
     bias_N: Tensor | None,
     tiles: tuple[MatmulTile, ...],
+    least: float = 0.0,
+    y_TN: Tensor | None = None,
 ) -> Tensor:
     """Y (T, N) in X's dtype, of what `triton_activations.quantize_activations` gave for X (T, K), rows maybe apart.
 
-    One tile is used as it is; of several, which do not split K and need no masks, the fastest on this GPU.
+    One tile is used as it is; of several, which do not split K and need no masks, the fastest on this GPU. `least` is
+    the threshold where outliers are single values, 0 where they are whole columns. Y goes to `y_TN`, if that is given.
     """
     rows, features = q_TK.shape
     outputs = weight_NK.shape[0]
-    y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device)
+    y_TN = torch.empty(rows, outputs, dtype=x_TK.dtype, device=x_TK.device) if y_TN is None else y_TN
     split, bucket = tiles[0].split, row_bucket(rows)
     sums = torch.zeros(rows, outputs, dtype=torch.int32, device=x_TK.device) if split > 1 else count
     w_outliers, is_gathered = weight_NK, int(rows > (FINISH.rows if split > 1 else tiles[0].rows))
     if is_gathered:
         w_outliers = _gather_columns(weight_NK, outliers_C, count)
     bias, has_bias = y_TN if bias_N is None else bias_N, int(bias_N is not None)
-    sizes = rows, outputs, features, x_TK.stride(0)
+    sizes = rows, outputs, features, x_TK.stride(0), y_TN.stride(0)
+    flags = float(least), has_bias, is_gathered
     pointers = q_TK, x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, w_outliers, y_TN, sums
 
     def grid(chosen: dict[str, int]) -> tuple[int, int]:
@@ -209,19 +216,19 @@ def int8_matmul(
     shape = x_TK.device, x_TK.dtype, bucket, outputs, features
     if len(tiles) > 1 and shape not in _untuned:
         try:
-            _tuned(tiles)[grid](*pointers, *sizes, bucket, has_bias, is_gathered, split, **FUSED)
+            _tuned(tiles)[grid](*pointers, *sizes, bucket, *flags, split, **FUSED)
             return y_TN
         except torch.OutOfMemoryError:  # to time tiles, Triton takes 256 MiB, which a full GPU may not have
             _untuned.add(shape)
     tile = tiles[0]
     int8_matmul_kernel[grid](
-        *pointers, *sizes, bucket, has_bias, is_gathered, split, **_constants(tile),
+        *pointers, *sizes, bucket, *flags, split, **_constants(tile),
         WHOLE=features % (tile.depth * split) == 0, num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if split > 1:
         finish_matmul_kernel[triton.cdiv(outputs, FINISH.outputs), triton.cdiv(rows, FINISH.rows)](
-            x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, w_outliers, y_TN, sums, *sizes, has_bias,
-            is_gathered, BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers,
+            x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, w_outliers, y_TN, sums, *sizes, *flags,
+            BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers,
             num_warps=FINISH.warps, num_stages=FINISH.stages, **FUSED,
         )  # fmt: skip
     return y_TN

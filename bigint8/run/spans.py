@@ -1,0 +1,89 @@
+"""What a worker did when: spans of time for a picture of a pipeline, and sums for its statistics."""
+
+import resource
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import psutil
+
+from .stages import StageStats
+
+MOST_SPANS = 100_000
+"""How many spans a worker keeps; older ones go."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a worker did with a step, in nanoseconds of `time.time_ns()`: of its own box's clock, but see "hop".
+
+    name: "hop" (from the sender's start of sending, by the sender's clock, to the message being whole), "wait" (until
+        its turn came), "compute" (the stage; on a GPU, until it was told all of it), "head" (logits, and the choice of
+        tokens), "send" (until the computing thread was free again)
+    """
+
+    name: str
+    number: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass
+class Spans:
+    """The last spans of a worker, kept while `on`."""
+
+    on: bool = False
+    _kept: deque[Span] = field(default_factory=lambda: deque(maxlen=MOST_SPANS))
+
+    def add(self, name: str, number: int, start_ns: int, end_ns: int) -> None:
+        if self.on:
+            self._kept.append(Span(name, number, start_ns, end_ns))
+
+    def take(self) -> list[Span]:
+        """Those kept so far, oldest first; they are kept no longer."""
+        taken = []
+        while self._kept:
+            taken.append(self._kept.popleft())
+        return taken
+
+
+@dataclass(frozen=True)
+class WorkerStats(StageStats):
+    """What a stage has done since its worker's links were first made, `seconds` ago.
+
+    memory_bytes, peak_bytes: of its process on the host, now and at most
+    """
+
+    peak_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Tally:
+    """Counts what a stage does."""
+
+    _started: float = field(default_factory=time.monotonic)
+    _busy_ns: int = 0
+    _steps: int = 0
+    _rows: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, busy_ns: int, steps: int = 0, rows: int = 0) -> None:
+        with self._lock:
+            self._busy_ns += busy_ns
+            self._steps += steps
+            self._rows += rows
+
+    def stats(self) -> WorkerStats:
+        with self._lock:
+            busy, steps, rows = self._busy_ns / 1e9, self._steps, self._rows
+        return WorkerStats(busy, steps, rows, *_memory(), time.monotonic() - self._started)
+
+
+def _memory() -> tuple[int, int]:
+    """Resident and peak bytes of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    resident = psutil.Process().memory_info().rss
+    return resident, max(resident, peak)
