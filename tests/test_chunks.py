@@ -1,26 +1,22 @@
 """Long prompts run in chunks, in one process and over stages: logits and tokens are those of the whole prompt."""
 
-import collections
 import dataclasses
 import weakref
 
-import numpy as np
 import pytest
 import torch
+from staged import SeveralStages
 from tiny import SIZES, save_tiny
 from transformers import DynamicCache
 
 from bigint8 import Int8Config, WorkerError, load_sharded_int8
 from bigint8.checkpoint.headers import open_checkpoint
 from bigint8.model.config import read_hf_config
-from bigint8.model.step import Result
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import cpu_device
 from bigint8.run.driver import PipelineModel
 from bigint8.run.engine import Engine
 from bigint8.run.local import engine_of
-from bigint8.run.running import RunningStage
-from bigint8.run.stages import StageLost
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 7, 8, 61, 23, 24, 90, 33, 2]])
 PADDED = torch.tensor([[0] * 6 + [5, 17, 99, 3, 42], list(range(60, 71)), [0, 0, 0, *range(20, 28)]])
@@ -133,48 +129,6 @@ def test_a_prompt_with_more_to_it_than_tokens_runs_whole(models):
 # --- over stages ---
 
 
-class TwoStages:
-    """A pipeline of two stages in this process: each is loaded, and has its own keys and values.
-
-    fails: numbers of the steps that are lost with the second stage, after the first has run them.
-    """
-
-    count = 2
-
-    def __init__(self, plan, fails=()):
-        self.plan, self.fails = plan, set(fails)
-        self.stages = [self.loaded(0), self.loaded(1)]
-        self.sent, self.rows, self.number = collections.deque(), [], 0
-
-    def loaded(self, index):
-        return RunningStage(self.plan, index, "cpu", lambda done, total: None)
-
-    def send(self, step):
-        self.sent.append(step)
-
-    def receive(self, timeout):
-        step = self.sent.popleft()
-        self.number += 1
-        self.rows.append(step.rows)
-        hidden = self.stages[0].run(step, None)
-        if self.number in self.fails:
-            self.sent.clear()
-            raise StageLost(1, "the second stage is gone")
-        if step.stages == 1:
-            return Result(step.number, np.zeros(0, np.int32))
-        hidden = self.stages[1].run(step, hidden)
-        if step.stages:
-            return Result(step.number, np.zeros(0, np.int32))
-        return Result(step.number, self.stages[0 if self.plan.spec.tied else 1].answer(step, hidden))
-
-    def restore(self):
-        self.stages[1] = self.loaded(1)
-        return [1]
-
-    def stats(self):
-        return []
-
-
 @pytest.fixture
 def staged():
     """Makes the same model over two stages; its engine ends with the test."""
@@ -184,7 +138,7 @@ def staged():
         checkpoint = open_checkpoint(one.plan.spec.folder)
         workload = dataclasses.replace(one.plan.workload, chunk=chunk)
         plan = make_plan(one.plan.spec, [cpu_device(share=2)] * 2, workload)
-        stages = TwoStages(plan, fails)
+        stages = SeveralStages(plan, fails)
         engines.append(Engine.of(plan, stages))
         return PipelineModel(read_hf_config(checkpoint, plan.spec.access), engines[-1], plan), stages
 
