@@ -15,16 +15,19 @@ from .cpu import has_int8_dot, rescale
 from .cpu_threads import Work, blocks_of, kernel, threads_for, work_at
 from .cpu_weights import row_scale
 from .numba_bits import float32_at, int8_at, int16_at, intp_at, magnitude, magnitude_to_float32, round_to_int8
+from .numba_floats import WIDTH, load, load_first, multiply_add, spread, sum_of
 from .reference import BLOCK
 from .step import Linear
 
 
-@njit(fastmath={"reassoc", "contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _sum_of_squares(x_K, features):
-    total = np.float32(0.0)
-    for k in range(features):
-        total += x_K[k] * x_K[k]
-    return total
+    """With an order of its own, not the compiler's: two kernels must find the same outliers."""
+    total = spread(np.float32(0.0))
+    for k in range(0, features, WIDTH):
+        x = load(x_K, k) if k + WIDTH <= features else load_first(x_K, k, features - k)
+        total = multiply_add(x, x, total)
+    return sum_of(total)
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)

@@ -19,12 +19,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_attention, cpu_float, cpu_pages, cpu_product, cpu_rows
-from .cpu_attention import CHUNK, RESULTS
+from . import cpu, cpu_attention, cpu_float, cpu_pages, cpu_product, cpu_rows, cpu_threads
 from .cpu_pages import AttentionWork
 from .cpu_program import Program
 from .cpu_prompt import Prompt
 from .cpu_rows import ACTIVATIONS, ActivationWork, NormWork, Rows, Table
+from .cpu_scores import CHUNK, RESULTS
 from .cpu_threads import Kernel, Work
 from .reference import BLOCK
 from .step import PAGE, Activation, Attention, Batch, Linear, Norm, pool_shape
@@ -46,8 +46,8 @@ class CpuStep:
     """Operations on the CPU, recorded and run as often as needed. One thread at a time uses it."""
 
     def __init__(self, most_rows: int, threads: int | None = None) -> None:
-        """`most_rows`: that a run may have. `threads`: at most so many, by default as many as torch uses."""
-        self.most_rows = most_rows
+        """`most_rows`: that a run may have. `threads`: by default as torch uses; one where there is little to do."""
+        self.most_rows, self._weights, self._may_run_alone = most_rows, 0, threads is None
         self._program = Program(threads)
         self._rows, self._tables = Rows(), list[Table]()
         self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
@@ -114,6 +114,7 @@ class CpuStep:
             raise TypeError(f"a weight with a scale is int8, its scale float32, not {layer.weight.dtype}")
         bias = None if layer.bias is None else self._keep(layer.bias.float())
         scale = None if layer.scale is None else self._keep(layer.scale)
+        self._weights += layer.weight.numel()
         return replace(layer, weight=self._keep(layer.weight), scale=scale, bias=bias)
 
     def _round_to_16bit(self, x_TK: Tensor, which: str) -> None:
@@ -262,9 +263,11 @@ class CpuStep:
         if not 0 <= few <= rows <= self.most_rows:
             raise ValueError(f"{few} of {rows} rows for a step of at most {self.most_rows}")
         self._rows.rows, self._rows.few, start = rows, few, 0
+        alone = self._may_run_alone and rows * self._weights < cpu_threads.PARALLEL_VALUES
         for end, always, prompt in self._prompts:
             if always or few < rows:
-                self._program.run(start, end)
+                if end > start:
+                    self._program.run(start, end, alone)
                 prompt(0 if always else few, rows)
                 start = end
-        self._program.run(start)
+        self._program.run(start, alone=alone)
