@@ -2,21 +2,24 @@
 
 python benchmarks/generate.py PRESET [--checkpoint FOLDER] [--batch 1]... [--prompt 256] [--tokens 32] [--json FILE]
 
-Sides, each in a process of its own, one after the other in each round: bigint8 (as it loads by default, and with
-int8_head), float32, bfloat16, bitsandbytes (load_in_8bit), and llama.cpp with Q8_0 weights where llama-cpp-python is
-installed (Llama-like presets, batch 1). Without --checkpoint, one with random weights is written to a temporary folder.
+Sides, each in a process of its own, one after the other in each round: bigint8 (requests to a pipeline of one device;
+the transformers model's forward pass; with int8_head), float32, bfloat16, bitsandbytes (load_in_8bit), and llama.cpp
+with Q8_0 weights where llama-cpp-python is installed (Llama-like presets, batch 1). Without --checkpoint, one with
+random weights is written to a temporary folder.
 
 decode tokens/s is the batch divided by the median time of a step; prefill tokens/s are those of one prompt of --prompt
 tokens for each sequence, after one that is not timed. Weights that do not fit into memory are told of, not measured.
 GB/s, where the model's bytes are read once a step, are those bytes times steps a second; `torch.sum` shows what reading
-alone reaches.
+alone reaches, and "ms a block besides" what a step takes beyond that, for each block.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -152,17 +155,12 @@ def time_model(model: Any, batch: int, prompt: int, tokens: int, step_bytes: flo
             out = model(last, past_key_values=out.past_key_values, use_cache=True)
             steps.append(time.perf_counter() - started)
     step = statistics.median(steps)
-    numbers = torch.ones(2**26)
-    reads = []
-    for _ in range(5):
-        started = time.perf_counter()
-        numbers.sum()
-        reads.append(time.perf_counter() - started)
     return {
         "decode tokens/s": batch / step,
         "prefill tokens/s": batch * prompt / prefill,
         "GB/s": step_bytes / step / 1e9,
-        "torch.sum GB/s": numbers.nbytes / statistics.median(reads) / 1e9,
+        "torch.sum GB/s": read_rate() / 1e9,
+        "ms a block besides": float("nan"),
     }
 
 
@@ -176,10 +174,69 @@ def step_bytes(model: Any) -> float:
 
 
 def run_bigint8(folder: Path, batch: int, prompt: int, tokens: int, int8_head: bool = False) -> Figures:
-    from bigint8 import Int8Config, load_sharded_int8
+    from bigint8 import Int8Config, Workload, open_pipeline
 
-    config = Int8Config(int8_head=int8_head)
-    model = load_sharded_int8(folder, config=config, batch_size=batch, progress=False)
+    config, workload = Int8Config(int8_head=int8_head), Workload(prompt + tokens + 8, batch)
+    with open_pipeline(folder, 1, config=config, workload=workload, progress=False) as pipeline:
+        return time_requests(pipeline, batch, prompt, tokens)
+
+
+def time_requests(pipeline: Any, batch: int, prompt: int, tokens: int) -> Figures:
+    """Prefill and decode of requests that all arrive at once, greedy, from when their tokens come out.
+
+    A step is what lies between two tokens of the first request once all have one. What it takes besides reading the
+    weights is told for each block.
+    """
+    import torch
+
+    vocab, blocks = pipeline.model.config.vocab_size, pipeline.plan.stages[-1].last_block
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, min(1000, vocab), (batch, prompt), generator=generator).tolist()
+    asked = {"do_sample": False, "max_new_tokens": tokens + 1, "eos_token_id": None}
+    pipeline.generate([[*row[1:], 7] for row in ids], **{**asked, "max_new_tokens": 2})  # nothing shared with the next
+    started = time.perf_counter()
+    completions = [pipeline.submit(row, **asked) for row in ids]
+    came: list[list[float]] = [[] for _ in completions]
+
+    def take(index: int) -> None:
+        for _ in completions[index]:
+            came[index].append(time.perf_counter())
+
+    threads = [threading.Thread(target=take, args=(index,)) for index in range(batch)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    prefilled = max(times[0] for times in came)
+    later = [at for at in came[0] if at >= prefilled]
+    step = statistics.median(b - a for a, b in itertools.pairwise(later))
+    size, rate = step_bytes(pipeline.model), read_rate()
+    return {
+        "decode tokens/s": batch / step,
+        "prefill tokens/s": batch * prompt / (prefilled - started),
+        "GB/s": size / step / 1e9,
+        "torch.sum GB/s": rate / 1e9,
+        "ms a block besides": 1e3 * (step - size / rate) / blocks,
+    }
+
+
+def read_rate() -> float:
+    """Bytes a second that `torch.sum` reads."""
+    import torch
+
+    numbers = torch.ones(2**26)
+    reads = []
+    for _ in range(5):
+        started = time.perf_counter()
+        numbers.sum()
+        reads.append(time.perf_counter() - started)
+    return numbers.nbytes / statistics.median(reads)
+
+
+def run_forward(folder: Path, batch: int, prompt: int, tokens: int) -> Figures:
+    from bigint8 import load_sharded_int8
+
+    model = load_sharded_int8(folder, context=prompt + tokens + 8, batch_size=batch, progress=False)
     return time_model(model, batch, prompt, tokens, step_bytes(model))
 
 
@@ -232,11 +289,13 @@ def run_llama_cpp(file: Path, batch: int, prompt: int, tokens: int) -> Figures:
         "prefill tokens/s": prompt / prefill,
         "GB/s": file.stat().st_size / step / 1e9,
         "torch.sum GB/s": float("nan"),
+        "ms a block besides": float("nan"),
     }
 
 
 SIDES: dict[str, Callable[[Path, int, int, int], Figures]] = {
     "bigint8": run_bigint8,
+    "bigint8 forward": run_forward,
     "bigint8 int8_head": lambda *a: run_bigint8(*a, int8_head=True),
     "float32": lambda *a: run_float(*a, dtype="float32"),
     "bfloat16": lambda *a: run_float(*a, dtype="bfloat16"),

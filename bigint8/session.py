@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from .load.fill import LoadReport
     from .load.intake import CheckReport
     from .load.save import QuantizeReport
-    from .run.engine import Engine, EngineStats
+    from .run.engine import Engine
     from .run.generate import Answer, Generator
     from .run.pipeline import Pipeline
     from .run.requests import Completion
+    from .run.stages import EngineStats
     from .run.text import Text
     from .run.trace import Trace
 
@@ -166,10 +167,14 @@ class ModelPipeline:
         workload: Workload | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         trace: "Trace | None" = None,
+        slots: int | None = None,
     ) -> None:
         """Plan for `gpus` devices of this machine, all GPUs or one CPU by default, or of a Ray cluster.
 
-        `trace` takes what is loaded and computed, and when. Raises PlanError when the model does not fit, BigInt8Error
+        trace: takes what is loaded and computed, and when
+        slots: how many steps are under way at once, one more than there are stages by default
+
+        Raises PlanError when the model does not fit, BigInt8Error
         and WorkerError where the devices are not there.
         """
         self.found = found
@@ -178,7 +183,7 @@ class ModelPipeline:
         self.engine: Engine | None = None
         self.reports: list[LoadReport] = []
         self._workers: Pipeline | None = None
-        self._trace = trace
+        self._trace, self._slots = trace, slots
         self._text: Text | None = None
         self._generator: Generator | None = None
         found.opened()
@@ -215,6 +220,7 @@ class ModelPipeline:
     def load(self, progress: bool = True) -> "list[LoadReport]":
         """Load the model; what that did for each stage. Raises what `load_sharded_int8` raises."""
         checkpoint = self.found.opened()
+        self._end_engine()
         self.start()
         if self._workers is None:
             _warm_up(self.plan.spec, (stage.device.kind for stage in self.plan.stages))
@@ -236,7 +242,7 @@ class ModelPipeline:
         hf_config = read_hf_config(checkpoint, self.plan.spec.access)
         generation_config = read_generation_config(checkpoint.folder)
         self.reports = self._workers.load(self.plan, progress)
-        self.engine = Engine.of(self.plan, self._workers, self._trace)
+        self.engine = Engine.of(self.plan, self._workers, self._trace, self._slots)
         self.model = PipelineModel(hf_config, self.engine, self.plan)
         self.model.generation_config = generation_config or self.model.generation_config
         return self.reports
@@ -264,7 +270,7 @@ class ModelPipeline:
         if self._generator is None:
             from .run.generate import Generator
 
-            self._generator = Generator(self.engine, self.text, self.plan, self.model.generation_config)
+            self._generator = Generator(self.engine, self.read_text, self.plan, self.model.generation_config)
         return self._generator
 
     def generate(self, prompts: Any, generation_config: Any = None, **settings: Any) -> "list[Answer]":
@@ -293,14 +299,17 @@ class ModelPipeline:
 
     def close(self) -> None:
         """Let the model go; end the workers, and the cluster if it was started for them. Requests that run fail."""
-        engine, self.engine, self._generator = self.engine, None, None
         workers, self._workers, self.model = self._workers, None, None
         try:
-            if engine is not None:
-                engine.close()
+            self._end_engine()
         finally:
             if workers is not None:
                 workers.close()
+
+    def _end_engine(self) -> None:
+        engine, self.engine, self._generator = self.engine, None, None
+        if engine is not None:
+            engine.close()
 
     def _start(self, count: int | None, cluster: Cluster) -> "Pipeline":
         from .run.pipeline import Pipeline

@@ -43,11 +43,11 @@ from bigint8.terminal.flags import run_command
 SHARED = os.environ.get("PYTEST_XDIST_WORKER")
 """The name of this process where several share the tests, of which each has a CPU for itself."""
 
-USES_WORKERS = ("test_pipeline.py", "test_examples.py", "test_launch.py")
+USES_WORKERS = ("test_pipeline.py", "test_workers.py", "test_examples.py", "test_launch.py")
 """Modules whose tests share one set of Ray workers."""
 
 COMPILED_MODULE = "test_gpu_resources.py"
-ORDER = ("test_pipeline.py", "test_launch.py", "test_examples.py")
+ORDER = ("test_pipeline.py", "test_workers.py", "test_launch.py", "test_examples.py")
 """Modules that take long come first, so that no process is left alone with them at the end."""
 
 

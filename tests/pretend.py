@@ -166,7 +166,13 @@ def _nonzero(tensor: Tensor, as_tuple: bool = False) -> Any:
     return found.unbind(1) if as_tuple else found
 
 
+def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Any:
+    """torch's own would copy the memory of the tensor that this one is a part of."""
+    return memo.setdefault(id(tensor), tensor.clone())
+
+
 _INSTEAD: dict[Any, Any] = {
+    Tensor.__deepcopy__: _deepcopy,
     Tensor.__repr__: PretendTensor.__repr__,
     Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
     Tensor.tolist: lambda tensor: tensor.held.tolist(),

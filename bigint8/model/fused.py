@@ -90,12 +90,12 @@ def _run_norm_last(ops: Operations, block: FusedBlock, x_TH: Tensor, delta_TH: T
 
 def _attend(ops: Operations, block: FusedBlock, normed_TH: Tensor, pool: Tensor) -> Tensor:
     qkv_TN = ops.linear(normed_TH, block.qkv, "qkv")
-    return ops.linear(ops.attend(qkv_TN, block.attention, pool), [block.out], "attended")
+    return ops.linear(ops.attend(qkv_TN, block.attention, pool), [block.out], "out")
 
 
 def _feed_forward(ops: Operations, block: FusedBlock, normed_TH: Tensor) -> Tensor:
     up_TN = ops.linear(normed_TH, block.up, "up")
-    return ops.linear(ops.activate(up_TN, block.activation, block.gated), [block.down], "fed")
+    return ops.linear(ops.activate(up_TN, block.activation, block.gated), [block.down], "down")
 
 
 # --- from modules to data ----------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     if len(tensors) < len(parts):
         return None
     first = tensors[0]
-    memory, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    memory, end = first.untyped_storage()._cdata, first.storage_offset()
     for tensor in tensors:
         if (tensor.dtype, tensor.shape[1:]) != (first.dtype, first.shape[1:]):
             return None
-        if tensor.untyped_storage().data_ptr() != memory or tensor.storage_offset() != end:
+        if tensor.untyped_storage()._cdata != memory or tensor.storage_offset() != end:
             return None
         end += tensor.numel()
     rows = sum(tensor.shape[0] for tensor in tensors)

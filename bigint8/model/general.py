@@ -6,6 +6,7 @@ blocks, int8 layers choose their activations by the number of rows, and outliers
 token's values depend a little on what runs with it.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import AttentionInterface
 from ..errors import BigInt8Error
 from ..families.layout import Layout
 from .fused import alibi_slopes
+from .host_numbers import on_device
 from .program import Rows
 from .ragged import Pools, Room, batch_of
 from .rotary import refuse_changing_frequencies
@@ -33,7 +35,7 @@ BEYOND_US = ("softcap", "s_aux", "position_bias")
 class GeneralStage:
     """A loaded stage that runs transformers' own modules. See `ragged.RaggedStage` for what it does."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, stage: StageModel, layout: Layout, room: Room) -> None:
         """Find out how the blocks attend, and allocate the keys and values.
 
@@ -47,7 +49,8 @@ class GeneralStage:
             for index, block in enumerate(stage.blocks):
                 block.self_attention = _BloomAttention(cast(nn.Module, block.self_attention), index, self._attention)
         stage.config._attn_implementation = NAME
-        self._dtype = next(parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())
+        floats = (parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())
+        self._dtype = next(floats, room.dtype)
         self._run(_one_row(len(layout.groups)), None if stage.is_first else torch.zeros(1, layout.sizes.hidden))
         self._attention.allocate()
 
@@ -56,24 +59,24 @@ class GeneralStage:
         """Bytes of the keys and values that it has room for."""
         return self._attention.pools.nbytes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
         """As `RaggedStage.run`."""
         self._room.check(step)
         self._attention.pools.copy(step.copies)
         hidden_TH = self._run(step, hidden)
         if self._stage.is_last:
-            hidden_TH = hidden_TH[torch.tensor(step.keep, device=hidden_TH.device)]
+            hidden_TH = hidden_TH[on_device(step.keep, hidden_TH.device)]
         return hidden_TH.float() if self._room.device.type == "cpu" else hidden_TH
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, hidden_RW: Tensor) -> Tensor:
         """As `RaggedStage.logits`."""
         return self._stage.head(hidden_RW.to(self._room.device, self._dtype)).float()
 
     def _run(self, step: Step, hidden: Tensor | None) -> Tensor:
         device = self._room.device
-        ids_1T, positions_1T = (torch.tensor(part, device=device)[None].long() for part in (step.ids, step.positions))
+        ids_1T, positions_1T = (on_device(part, device)[None].long() for part in (step.ids, step.positions))
         inputs = ids_1T if hidden is None else hidden.to(device, self._dtype)[None]
         self._attention.batch = batch_of(step, None, device)
         no_padding_1T = torch.ones_like(positions_1T)  # without it, some models warn of padding
@@ -98,7 +101,7 @@ class _RaggedAttention:
         self.device = room.device
         self._windows, self._room = windows, room
         self._asked: dict[int, Attention] = {}
-        self._rows: list[Rows] = []
+        self._rows: dict[Attention, Rows] = {}
         self._pools: Pools | None = None
 
     @property
@@ -116,11 +119,16 @@ class _RaggedAttention:
             )
         asked = [self._asked[index] for index in range(len(self._windows))]
         self._pools = Pools(asked, self._room)
-        self._rows = [self._rows_of(attention, self._pools.of(i)) for i, attention in enumerate(asked)]
 
     def _rows_of(self, attention: Attention, pool: Tensor) -> Rows:
-        width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
-        return Rows(lambda ops, x_TN: ops.attend(x_TN, attention, pool), width, self._room.most_rows, pool.device)
+        """What runs this attention: the same for all blocks that attend alike, since it has memory of its own."""
+        alike = replace(attention, slopes=None)
+        if alike not in self._rows:
+            width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+            self._rows[alike] = Rows(
+                lambda ops, x_TN: ops.attend(x_TN, attention, pool), width, self._room.most_rows, pool.device
+            )
+        return self._rows[alike]
 
     def attend(self, block: int, heads_TN: Tensor, attention: Attention) -> Tensor:
         """The results (T, heads * D) for rows that hold q, k and v of all heads, side by side."""
@@ -128,8 +136,11 @@ class _RaggedAttention:
             self._asked[block] = attention
             return heads_TN[:, : attention.heads * attention.head_dim]
         assert self.batch is not None
+        pool, first = self._pools.together(block)
+        tables = tuple(torch.where(table < 0, table, table + first) for table in self.batch.tables)
         rows_TN = heads_TN.float() if heads_TN.device.type == "cpu" else heads_TN.clone()
-        return self._rows[block].run(self.batch, rows_TN).to(heads_TN.dtype, copy=True)
+        attended_TN = self._rows_of(attention, pool).run(replace(self.batch, tables=tables), rows_TN)
+        return attended_TN.to(heads_TN.dtype, copy=True)
 
     def window(self, block: int, told: int | None) -> tuple[int | None, int]:
         """The block's window and group. Raises BigInt8Error if that is not what the model says."""

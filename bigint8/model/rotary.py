@@ -1,11 +1,13 @@
 """Rotary positions of a ragged step: one row of cosines and sines for each token, the same for all blocks."""
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BigInt8Error
+from .host_numbers import on_device
 from .step import Ints
 
 POSITIONS = 1024
@@ -29,7 +31,7 @@ class Rotary:
         """Cosines and sines, float32 (T, R/2) each, of T positions."""
         while self._tables_2PR.shape[1] <= positions.max(initial=0):
             self._tables_2PR = torch.cat([self._tables_2PR, self._next_positions()], dim=1)
-        cos_TR, sin_TR = self._tables_2PR[:, torch.tensor(positions, device=self._tables_2PR.device)]
+        cos_TR, sin_TR = self._tables_2PR[:, on_device(positions, self._tables_2PR.device)]
         return cos_TR, sin_TR
 
     def _next_positions(self) -> Tensor:
@@ -40,7 +42,13 @@ class Rotary:
         return torch.stack([angles_PR.cos(), angles_PR.sin()]) * self._scaling
 
 
-def refuse_changing_frequencies(model: nn.Module) -> None:
+class HasModules(Protocol):
+    """A model, or a part of one."""
+
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
+
+
+def refuse_changing_frequencies(model: HasModules) -> None:
     """Raise BigInt8Error for rotary positions whose frequencies depend on the longest sequence of a step.
 
     A token would depend on which other sequences run with it.

@@ -36,6 +36,7 @@ class Answers:
         self._signals: SimpleQueue[None] = SimpleQueue()
         self._lost: tuple[int, str] | None = None
         self._links: list[Link] = []
+        self._closed = False
         try:
             for index, address in enumerate(addresses):
                 connection = knock(address, Hello(Role.DRIVER, epoch), secret, seconds)
@@ -46,7 +47,7 @@ class Answers:
 
     def _new_link(self, connection: socket.socket, index: int, settings: LinkSettings) -> Link:
         def lost(_: Link, why: str) -> None:
-            self._lose(index, why)
+            self._lose(index, f"stage {index} is lost: {why}")
 
         link = Link(connection, f"stage {index}", self._take, lost, settings)
         link.start()
@@ -65,8 +66,8 @@ class Answers:
             self._under_way.append(step.number)
         try:
             self._links[0].send(step_message(step))
-        except LinkLost as error:
-            self._lose(0, str(error))
+        except LinkLost:
+            pass  # the thread that receives on that link says why
         except BaseException:
             with self._lock:
                 self._under_way.remove(step.number)
@@ -81,21 +82,24 @@ class Answers:
         until = time.monotonic() + timeout
         while True:
             with self._lock:
-                if not self._under_way and self._lost is None:
-                    raise WorkerError("no step is under way")
                 number = self._under_way[0] if self._under_way else None
                 if number in self._came:
                     self._under_way.popleft()
                     return self._result(self._came.pop(number))
                 if self._lost is not None:
                     raise StageLost(*self._lost)
+                if self._closed:
+                    raise WorkerError("the links to the workers were closed")
             try:
                 self._signals.get(timeout=max(0.0, until - time.monotonic()))
             except Empty:
-                raise WorkerError(f"step {number}: no result within {timeout:g} s") from None
+                step = "no step is under way" if number is None else f"step {number} has no result"
+                raise WorkerError(f"{step} after {timeout:g} s") from None
 
     def close(self) -> None:
-        """End the links."""
+        """End the links. Who waits for a result gets a WorkerError."""
+        self._closed = True
+        self._signals.put(None)
         for link in self._links:
             link.close()
 
@@ -108,7 +112,7 @@ class Answers:
         """What a stage says."""
         message = received.message
         if message.kind is Kind.LOST:
-            self._lose(message.place, f"the stage before it lost it: {message.text}")
+            self._lose(message.place, f"stage {message.place} is lost to another stage: {message.text}")
         elif message.kind in (Kind.RESULT, Kind.FAILED):
             answer = result_of(message) if message.kind is Kind.RESULT else detached(message)
             with self._lock:

@@ -7,11 +7,14 @@ large as the largest message that it has held.
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
 from .wire import ALIGN
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Bytes = NDArray[Any]
 
@@ -24,10 +27,14 @@ class Ready(Protocol):
 
 @dataclass(eq=False)
 class Buffer:
-    """Some memory: `data` (uint8). `free`: what must be over before it is written to again."""
+    """Some memory (uint8), which numpy and torch share. `free`: what must be over before it is written to again."""
 
-    data: Bytes
+    tensor: "Tensor"
     free: Ready | None = None
+    data: Bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = self.tensor.numpy()
 
 
 @dataclass
@@ -51,13 +58,21 @@ class Buffers:
             if self._closed:
                 return None
             self._lent += 1
-            buffer = self._spare.popleft() if self._spare else None
+            buffer = self._spared(nbytes)
         if buffer is not None and buffer.free is not None:
             buffer.free.synchronize()
             buffer.free = None
         if buffer is None or buffer.data.size < nbytes:
             buffer = Buffer(self._new(nbytes))
         return buffer
+
+    def _spared(self, nbytes: int) -> Buffer | None:
+        """The one that was given back first of those that are large enough, or else of all."""
+        if not self._spare:
+            return None
+        found = next((buffer for buffer in self._spare if buffer.data.size >= nbytes), self._spare[0])
+        self._spare.remove(found)
+        return found
 
     def give(self, buffer: Buffer) -> None:
         """Take it back."""
@@ -74,8 +89,8 @@ class Buffers:
             self._spare.clear()
             self._changed.notify_all()
 
-    def _new(self, nbytes: int) -> Bytes:
+    def _new(self, nbytes: int) -> "Tensor":
         import torch  # begins at a cache line, or is page-locked; the driver may not have imported it before
 
         whole = max(ALIGN, 1 << (nbytes - 1).bit_length()) if nbytes else ALIGN
-        return torch.empty(whole, dtype=torch.uint8, pin_memory=self.page_locked).numpy()
+        return torch.empty(whole, dtype=torch.uint8, pin_memory=self.page_locked)

@@ -7,7 +7,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -15,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import BigInt8Error
 from ..families.table import find_family
 from ..plan.plan import Plan
-from .feed import Fed, Logits
+from .feed import Fed
 from .sequence import FEW_ROWS
 
 
@@ -30,7 +32,7 @@ class Sequences(Protocol):
 
     def drop(self, sequence: Any) -> None: ...
 
-    def forward(self, fed: Sequence[Fed], keep: Any) -> Logits: ...
+    def forward(self, fed: Sequence[Fed], keep: Any) -> NDArray[np.float32]: ...
 
 
 class PagedCache(Cache):
@@ -58,7 +60,7 @@ class PagedCache(Cache):
         batch, columns = ids_BT.shape
         tokens_BT = self._new_tokens(batch, columns, mask)
         positions_BT = self._positions(tokens_BT, positions, from_mask)
-        wanted = torch.arange(columns)[-keep if keep else None :] if isinstance(keep, int) else keep.cpu() % columns
+        wanted = _wanted(keep, columns)
         if not self._sequences:
             self._sequences += [self._engine.open_sequence() for _ in range(batch)]
         fed: list[Fed] = []
@@ -74,7 +76,7 @@ class PagedCache(Cache):
             few = count == 1 if past else count <= FEW_ROWS
             fed.append((sequence, ids_BT[b].cpu()[there].numpy(), positions_BT[b][there].numpy(), few))
             rank = there.cumsum(0) - 1 + before
-            for k, column in enumerate(wanted.tolist()):
+            for k, column in enumerate(wanted):
                 if there[column]:
                     kept.append(int(rank[column]))
                     places.append((b, k))
@@ -97,14 +99,12 @@ class PagedCache(Cache):
             return torch.ones(batch, columns, dtype=torch.bool)
         if mask.shape != (batch, past + columns):
             raise BigInt8Error(
-                f"attention_mask {tuple(mask.shape)}: {batch} sequences have {past} tokens before these {columns}, so it "
-                f"must be {(batch, past + columns)}"
+                f"attention_mask {tuple(mask.shape)}: {batch} sequences have {past} tokens before these {columns}, so "
+                f"it must be {(batch, past + columns)}"
             )
         tokens = mask.cpu() != 0
         if self._tokens_BP is not None and not torch.equal(tokens[:, :past], self._tokens_BP):
-            raise BigInt8Error(
-                "attention_mask: it masks other earlier tokens than before; start without past_key_values"
-            )
+            raise BigInt8Error("attention_mask: it masks other earlier tokens than before; drop past_key_values")
         return tokens[:, past:]
 
     def _positions(self, tokens_BT: Tensor, positions: Tensor | None, from_mask: bool) -> Tensor:
@@ -168,6 +168,16 @@ class PagedCache(Cache):
         other._sequences += [self._engine.fork(sequence) for sequence in self._sequences]
         other._tokens_BP = self._tokens_BP
         return other
+
+
+def _wanted(keep: int | Tensor, columns: int) -> list[int]:
+    """The columns whose logits are wanted."""
+    if isinstance(keep, int):
+        return list(range(columns))[-keep if keep else None :]
+    wanted: list[int] = keep.tolist()
+    if any(not -columns <= column < columns for column in wanted):
+        raise BigInt8Error(f"logits_to_keep={wanted}: there are {columns} new tokens; name 0 to {columns - 1}")
+    return [column % columns for column in wanted]
 
 
 def _drop_all(engine: Sequences, sequences: list[Any]) -> None:

@@ -31,9 +31,10 @@ from ..model.step import Step
 from .doors import HELLO_SECONDS, Address, Door, Hello, Role, knock, welcome
 from .links import Link, LinkLost, LinkSettings, Received
 from .spans import Spans, Tally
-from .tensors import Carrier
+from .tensors import Carrier, Mark
 from .wire import Array, Kind, Message, result_message, rows_message, step_message, word
 
+_Make = Callable[[Step, Array, str], Message]
 Values = NDArray[np.int32] | NDArray[np.float32]
 
 
@@ -100,6 +101,30 @@ class _Inbox:
         self._signals.put(False)
 
 
+@dataclass(eq=False)
+class _Epoch:
+    """The links of one epoch: by who came in, and to the next stage. What came by them is answered by them."""
+
+    number: int = 0
+    came_in: dict[Role, Link] = field(default_factory=dict)
+    next: Link | None = None
+
+    def tell(self, message: Message) -> None:
+        """Send the driver a word, unless it is gone."""
+        link = self.came_in.get(Role.DRIVER)
+        if link is not None:
+            with contextlib.suppress(LinkLost):
+                link.send(message)
+
+    def close(self) -> None:
+        for link in [*self.came_in.values(), *filter(None, [self.next])]:
+            link.close()
+
+
+_LAST = 2**62
+"""The epoch of a flow that is closed."""
+
+
 class Flow:
     """A loaded stage and its links. `listen`, then `connect`; `connect` again under the next epoch; `close`."""
 
@@ -109,9 +134,7 @@ class Flow:
         self._carrier = Carrier(device)
         self._settings = settings or LinkSettings(page_locked=self._carrier.page_locked)
         self._changed = threading.Condition()
-        self._epoch = 0
-        self._links: dict[Role, Link] = {}
-        self._next: Link | None = None
+        self._now = _Epoch()
         self._inbox = _Inbox()
         self._door: Door | None = None
         self._secret = b""
@@ -142,37 +165,30 @@ class Flow:
             assert next_address is not None, "a stage that sends on knows where to"
             connection = knock(next_address, Hello(role, epoch), self._secret, seconds)
             with self._changed:
-                if self._epoch != epoch:
+                if self._now.number != epoch:
                     connection.close()
                     raise WorkerError(f"stage {self._place.index}: its links were made anew meanwhile")
-                self._next = self._new_link(connection, self._place.next)
+                self._now.next = self._new_link(connection, self._place.next)
         comes_in = self._place.comes_in
         with self._changed:
-            if comes_in is not None and not self._changed.wait_for(lambda: comes_in in self._links, seconds):
+            if comes_in is not None and not self._changed.wait_for(lambda: comes_in in self._now.came_in, seconds):
                 raise WorkerError(f"stage {self._place.index}: the stage before it has not connected to it")
 
     def close(self) -> None:
         """End the links and the thread that computes, after the step that it is at."""
         if self._door is not None:
             self._door.close()
+        self._enter(_LAST)
         self._inbox.close()
-        self._drop_links()
         self._thread.join()
 
     def _enter(self, epoch: int) -> None:
         """Drop the links of older epochs, and what came by them."""
         with self._changed:
-            if epoch <= self._epoch:
+            if epoch <= self._now.number:
                 return
-            self._epoch = epoch
-            self._drop_links()
-
-    def _drop_links(self) -> None:
-        with self._changed:
-            links = [*self._links.values(), *filter(None, [self._next])]
-            self._links, self._next = {}, None
-        for link in links:
-            link.close()
+            before, self._now = self._now, _Epoch(epoch)
+        before.close()
 
     def _let_in(self, connection: socket.socket, hello: Hello) -> bool:
         """A connection from the driver or the stage before; not one of an older epoch."""
@@ -180,20 +196,21 @@ class Flow:
             return False
         self._enter(hello.epoch)
         with self._changed:
-            if hello.epoch != self._epoch or hello.role in self._links:
+            if hello.epoch != self._now.number or hello.role in self._now.came_in:
                 return False
             welcome(connection)
             before = None if hello.role is Role.DRIVER else (self._place.index or self._place.count) - 1
-            self._links[hello.role] = self._new_link(connection, before)
+            self._now.came_in[hello.role] = self._new_link(connection, before)
             self._changed.notify_all()
         return True
 
     def _new_link(self, connection: socket.socket, stage: int | None) -> Link:
         """`stage`: the other end, None for the driver."""
+        epoch = self._now
 
         def lost(link: Link, why: str) -> None:
             if stage is not None:
-                self._tell(word(Kind.LOST, 0, stage, why))
+                epoch.tell(word(Kind.LOST, 0, stage, why))
 
         link = Link(
             connection, "the driver" if stage is None else f"stage {stage}", self._inbox.put, lost, self._settings
@@ -207,69 +224,62 @@ class Flow:
         """The computing thread."""
         with torch.inference_mode(), self._carrier.on_device():
             while (received := self._inbox.take()) is not None:
-                if self._is_current(received.link):
-                    self._handle(received)
+                with self._changed:
+                    epoch = self._now
+                if received.link in epoch.came_in.values():
+                    self._handle(received, epoch)
                 else:
                     received.release()
 
-    def _is_current(self, link: Link) -> bool:
-        with self._changed:
-            return link in self._links.values()
-
-    def _handle(self, received: Received) -> None:
+    def _handle(self, received: Received, epoch: _Epoch) -> None:
         message = received.message
         self.spans.add("hop", message.number, message.sent_ns, received.received_ns)
         self.spans.add("wait", message.number, received.received_ns, time.time_ns())
         free = None
         try:
-            hidden, free = self._carrier.arrived(message)
+            hidden = self._carrier.arrived(received)
             if message.kind is Kind.STEP:
-                self._run(message.step, hidden)
+                self._run(message.step, hidden, epoch)
             elif message.kind is Kind.ROWS and hidden is not None:
-                self._answer(message.step, hidden)
+                self._answer(message.step, hidden, epoch)
+            free = self._carrier.read()
         except LinkLost:
             pass  # the thread that receives on that link tells the driver
         except Exception as error:
             text = f"{type(error).__name__}: {in_one_line(error)}"
-            self._tell(word(Kind.FAILED, message.number, self._place.index, text))
-        finally:
-            received.release(free)
+            epoch.tell(word(Kind.FAILED, message.number, self._place.index, text))
+        received.release(free)
 
-    def _run(self, step: Step, hidden: Tensor | None) -> None:
+    def _run(self, step: Step, hidden: Tensor | None, epoch: _Epoch) -> None:
         """A step through this stage, and what comes after."""
-        start = time.time_ns()
+        start = self._carrier.mark()
         output = self._stage.run(step, hidden)
-        self._count("compute", step.number, start, 1, step.rows)
+        self._count("compute", start, step, 1)
         ends_here = step.stages == self._place.index + 1 and not self._place.is_last
         if ends_here or (self._place.is_last and not len(step.keep)):
-            self._tell(result_message(step.number, np.zeros(0, np.int32)))
+            epoch.tell(result_message(step.number, np.zeros(0, np.int32)))
         elif not self._place.is_last:
-            self._send_on(step, output, step_message)
+            self._send_on(step, output, step_message, epoch.next)
         elif self._place.ring:
-            self._send_on(step, output, rows_message)
+            self._send_on(step, output, rows_message, epoch.next)
         else:
-            self._answer(step, output)
+            self._answer(step, output, epoch)
 
-    def _answer(self, step: Step, hidden_RH: Tensor) -> None:
-        start = time.time_ns()
+    def _answer(self, step: Step, hidden_RH: Tensor, epoch: _Epoch) -> None:
+        start = self._carrier.mark()
         values = self._stage.answer(step, hidden_RH)
-        self._count("head", step.number, start)
-        self._tell(result_message(step.number, values))
+        self._count("head", start, step, 0)
+        epoch.tell(result_message(step.number, values))
 
-    def _send_on(self, step: Step, output: Tensor, make: Callable[[Step, Array, str], Message]) -> None:
+    def _send_on(
+        self, step: Step, output: Tensor, make: Callable[[Step, Array, str], Message], to: Link | None
+    ) -> None:
+        assert to is not None, "a stage that sends on has a link to the next"
         start = time.time_ns()
-        if self._next is not None:
-            self._carrier.send(self._next, output, lambda payload, dtype: make(step, payload, dtype))
+        self._carrier.send(to, output, lambda payload, dtype: make(step, payload, dtype))
         self.spans.add("send", step.number, start, time.time_ns())
 
-    def _count(self, name: str, number: int, start_ns: int, steps: int = 0, rows: int = 0) -> None:
-        end_ns = time.time_ns()
-        self.tally.count(end_ns - start_ns, steps, rows)
-        self.spans.add(name, number, start_ns, end_ns)
-
-    def _tell(self, message: Message) -> None:
-        """Send the driver a word, unless it is gone."""
-        link = self._links.get(Role.DRIVER)
-        if link is not None:
-            with contextlib.suppress(LinkLost):
-                link.send(message)
+    def _count(self, name: str, start: Mark, step: Step, steps: int) -> None:
+        end = self._carrier.mark()
+        self.tally.count(self._carrier.computed(start, end), steps, step.rows if steps else 0)
+        self.spans.add(name, step.number, start.ns, end.ns)

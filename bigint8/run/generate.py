@@ -1,24 +1,26 @@
 """Prompts in, answers out: text and tokens over an engine that runs many requests at once."""
 
 import asyncio
+import contextlib
 import copy
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BigInt8Error
 from ..plan.plan import Plan
-from .engine import Engine, EngineStats
+from .engine import Engine
 from .requests import Completion, Generated, Reason
 from .settings import settings_from
-from .text import Pieces, Prompt, Text
+from .stages import EngineStats
+from .text import Pieces, Prompt, Text, ids_within
 
 
 @dataclass(frozen=True)
 class Answer:
     """What follows a prompt.
 
-    tokens: their ids, the one that ended it among them; text: theirs, without special tokens
+    tokens: their ids, the one that ended it among them; text: theirs, without special tokens; empty without a tokenizer
     reason: "stop" (an end token or a stop string) or "length"; prompt_tokens: how many the prompt had
     """
 
@@ -37,23 +39,31 @@ class Generator:
     workers fail for good.
     """
 
-    def __init__(self, engine: Engine, text: Text, plan: Plan, generation_config: Any) -> None:
-        self._engine, self.text, self._context = engine, text, plan.workload.context
-        self._config = generation_config
+    def __init__(self, engine: Engine, read_text: Callable[[], Text], plan: Plan, generation_config: Any) -> None:
+        """`read_text` gives the tokenizer. A checkpoint without one takes and gives token ids only."""
+        self._engine, self._context, self._config = engine, plan.workload.context, generation_config
+        self._read_text = read_text
+        self._text: Text | None = None
+        with contextlib.suppress(BigInt8Error):  # told when there is text to read
+            self._text = read_text()
 
     def submit(
         self, prompt: Prompt, generation_config: Any = None, *, seed: int = 0, **settings: Any
     ) -> tuple[Completion, int]:
         """Ask for an answer; returns at once: its tokens as they come, and how many the prompt has."""
-        ids = self.text.encode(prompt, self._context)
+        ids = self._ids(prompt)
         config = copy.deepcopy(self._config if generation_config is None else generation_config)
         unknown = config.update(**settings)
         if unknown:
             raise BigInt8Error(f"{', '.join(sorted(unknown))}: no such setting; see transformers' GenerationConfig")
         if config.max_new_tokens is None and config.max_length is None:
             config.max_new_tokens = self._context - len(ids)
-        config.eos_token_id = self._ends(config)
-        return self._engine.submit(ids, settings_from(config, len(ids), seed), self.text.decode), len(ids)
+        if self._text is not None:
+            config.eos_token_id = self._text.ends(config)
+        elif config.stop_strings:
+            self._read_text()  # raises what is wrong with it
+        decode = None if self._text is None else self._text.decode
+        return self._engine.submit(ids, settings_from(config, len(ids), seed), decode), len(ids)
 
     def generate(
         self,
@@ -79,7 +89,7 @@ class Generator:
     def stream(self, prompt: Prompt, generation_config: Any = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
         """The answer to one prompt, piece by piece as it is made. To stop early, close the iterator."""
         completion, _ = self.submit(prompt, generation_config, seed=seed, **settings)
-        pieces = Pieces(self.text)
+        pieces = Pieces(self._text or self._read_text())
         try:
             for token in completion:
                 if piece := pieces.push(token):
@@ -117,7 +127,7 @@ class Generator:
     ) -> AsyncIterator[str]:
         """`stream` for asyncio."""
         completion, _ = self.submit(prompt, generation_config, seed=seed, **settings)
-        pieces = Pieces(self.text)
+        pieces = Pieces(self._text or self._read_text())
         try:
             async for token in completion:
                 if piece := pieces.push(token):
@@ -132,11 +142,15 @@ class Generator:
         return self._engine.stats()
 
     def _answer(self, generated: Generated, prompt_tokens: int) -> Answer:
-        text = self.text.decode(generated.tokens)
+        text = "" if self._text is None else self._text.decode(generated.tokens)
         return Answer(text, generated.tokens, generated.reason, prompt_tokens)
 
-    def _ends(self, config: Any) -> list[int]:
-        return self.text.ends(config)
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises BigInt8Error where it has none, or leaves no room."""
+        is_text = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+        if self._text is not None or is_text:
+            return (self._text or self._read_text()).encode(prompt, self._context)
+        return ids_within(prompt, self._context)
 
 
 def _each(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -20,13 +20,13 @@ import numpy as np
 
 from ..errors import WorkerError, in_one_line
 from .buffers import Buffer, Buffers, Ready
-from .wire import HEADER_BYTES, MOST_BYTES, Message, WireError, pack, payload_bytes, read_header, unpack
+from .wire import HEADER_BYTES, MOST_BYTES, Message, pack, payload_bytes, read_header, unpack
 
 STALL_SECONDS = 20.0
 """How long a message that has begun may stand still."""
 
 DEAD_SECONDS = 12
-"""After how long the kernel gives up a peer that does not even acknowledge."""
+"""After how long a box that is gone, or the network to it, is noticed."""
 
 SOCKET_BYTES = 4 * 2**20
 """What the kernel may hold of a connection, each way, if it allows so much."""
@@ -42,10 +42,16 @@ class LinkLost(WorkerError):
 
 @dataclass(frozen=True)
 class LinkSettings:
-    """stall_seconds: how long a message that has begun may stand still; most_bytes: of a message, taken or sent;
-    page_locked: whether buffers are for a GPU to copy from and to."""
+    """What a link allows.
+
+    stall_seconds: how long a message that has begun may stand still
+    dead_seconds: after how long the kernel gives up a peer that does not even acknowledge
+    most_bytes: of a message, taken or sent
+    page_locked: whether a GPU copies from the buffers that are received into
+    """
 
     stall_seconds: float = STALL_SECONDS
+    dead_seconds: int = DEAD_SECONDS
     most_bytes: int = MOST_BYTES
     page_locked: bool = False
 
@@ -81,8 +87,8 @@ class Link:
     """One end of a connection that both ends have agreed on. `start` begins to receive.
 
     on_message: called by the receiving thread for each message
-    on_lost: called once by a thread of the link when the connection ends or stalls, with a sentence about it; not when
-        this end closes it
+    on_lost: called once by a thread of the link when the connection ends or stalls, with why; not when this end
+        closes it
     """
 
     def __init__(
@@ -104,7 +110,7 @@ class Link:
         self._over = False
         self._sender: threading.Thread | None = None
         self._receiver = threading.Thread(target=self._receive_all, name=f"from {peer}", daemon=True)
-        _set_up(connection, settings.stall_seconds)
+        _set_up(connection, settings)
 
     def start(self) -> None:
         """Begin to receive."""
@@ -182,7 +188,7 @@ class Link:
                     rest.ready.synchronize()
                 while rest.parts:
                     rest.parts = _after(rest.parts, self._socket.sendmsg(rest.parts))
-            except OSError as error:  # a time-out among them
+            except Exception as error:  # a time-out among them, or a GPU that failed to copy
                 self._end(_said(error))
                 return
             with self._changed:
@@ -205,7 +211,7 @@ class Link:
                     break
                 self._fill(buffer.data.data[: header.body_bytes])
                 self._on_message(Received(unpack(header, buffer.data), self, time.time_ns(), buffer))
-        except (OSError, WireError, LinkLost) as error:
+        except Exception as error:  # a message that is none among them, or a GPU that failed to copy
             self._end(_said(error))
         finally:
             self._end("the connection ended")
@@ -248,7 +254,7 @@ class Link:
         self.buffers.close()
         self._rests.close()
         if tell:
-            self._on_lost(self, f"{self.peer}: {self._reason}")
+            self._on_lost(self, self._reason)
 
 
 def _after(parts: list[memoryview], sent: int) -> list[memoryview]:
@@ -267,18 +273,18 @@ def _said(error: Exception) -> str:
     return in_one_line(error)
 
 
-def _set_up(connection: socket.socket, stall_seconds: float) -> None:
+def _set_up(connection: socket.socket, settings: LinkSettings) -> None:
     """No delay, large buffers, time-outs in the kernel (so that a call blocks in it, once), probes of a silent peer."""
     connection.settimeout(None)
-    seconds, rest = divmod(stall_seconds, 1)
+    seconds, rest = divmod(settings.stall_seconds, 1)
     timeval = struct.pack("@ll", int(seconds), int(rest * 1e6))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, option, timeval)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
-        tcp, third = socket.IPPROTO_TCP, DEAD_SECONDS // 3
+        tcp, third = socket.IPPROTO_TCP, max(1, settings.dead_seconds // 3)
         connection.setsockopt(tcp, socket.TCP_KEEPIDLE, third)
         connection.setsockopt(tcp, socket.TCP_KEEPINTVL, third)
         connection.setsockopt(tcp, socket.TCP_KEEPCNT, 2)
-        connection.setsockopt(tcp, socket.TCP_USER_TIMEOUT, DEAD_SECONDS * 1000)
+        connection.setsockopt(tcp, socket.TCP_USER_TIMEOUT, settings.dead_seconds * 1000)

@@ -27,22 +27,30 @@ from .running import answer, room_of
 from .stages import LocalStages
 from .trace import Trace
 
+CAPTURING = "transformers.utils.output_capturing"
+"""Where transformers' hooks for hidden states and attentions are from."""
+
 
 def with_pages(model: Any, trace: Trace | None = None) -> Any:
     """Let a loaded model (`load.loaded.as_loaded`) run over pages, where its family and its device map allow it.
 
     It then has an `engine`, which runs many requests at once, and ends with the model.
     """
-    family = find_family(model.config.model_type)
-    stages = None if family is None else _stages(model, family, model.plan)
-    if stages is None:
-        model.engine = None
+    model.engine = engine = engine_of(model, model.plan, trace)
+    if engine is None:
         return model
-    engine = Engine.of(model.plan, LocalStages(_run_through(stages)), trace)
     weakref.finalize(model, engine.close)
-    model.engine, model._known = engine, _Known(model)
-    model.__class__ = _paged_class(type(model))
+    model._known = _Known(model)
+    model.__class__ = _paged_class(type(model))  # type: ignore[arg-type]
     return model
+
+
+def engine_of(model: Any, plan: Plan, trace: Trace | None = None) -> Engine | None:
+    """An engine for a model that is whole in this process, with keys and values of its own; None for one that has to
+    run through its own modules. It does not keep the model."""
+    family = find_family(model.config.model_type)
+    stages = None if family is None else _stages(model, family, plan)
+    return None if stages is None else Engine.of(plan, LocalStages(_run_through(stages)), trace)
 
 
 def _stages(model: Any, family: Family, plan: Plan) -> list[tuple[FusedStage, bool]] | None:
@@ -89,14 +97,18 @@ class _Known:
         modules = list(model.modules())
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._count = self._hook_count()
+        self._foreign = sum(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values())
         self._addresses = _addresses(model)
 
     def _hook_count(self) -> int:
         return sum(map(len, self._hooks))
 
     def has_new_hooks(self) -> bool:
-        """Whether somebody listens in since then."""
-        return self._hook_count() != self._count
+        """Whether somebody listens in since then. Transformers' own hooks stay where hidden states were once asked for;
+        they do nothing unless they are asked for again."""
+        if self._hook_count() == self._count:
+            return False
+        return sum(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values()) != self._foreign
 
     def holds(self, model: Any) -> bool:
         """Whether the model's tensors are still those."""
@@ -140,7 +152,7 @@ def _paged_class(kind: Any) -> Any:
         if cache is None and not self._known.holds(self):
             return kind.forward(self, input_ids, **kwargs)
         kept = paged or kwargs.get("use_cache", self.config.use_cache)
-        cache = cache if paged else PagedCache(self.engine)
+        cache = PagedCache(self.engine) if cache is None else cache
         logits = cache.forward(
             input_ids,
             kwargs.get("attention_mask"),

@@ -4,7 +4,6 @@ Steps and hidden states do not pass through Ray: they go from process to process
 `answers`), which are made when a model is loaded, and made anew when a worker was replaced.
 """
 
-import itertools
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -22,23 +21,23 @@ from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cluster import connect, pick
 from .cores import Share
-from .doors import new_secret
+from .doors import HELLO_SECONDS, new_secret
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..load.fill import LoadReport
     from ..model.step import Result, Step
     from .answers import Answers
-    from .packed import CacheKey
-    from .spans import Span, StageStats
-    from .worker import LoadStage, WorkerInfo
+    from .spans import Span, WorkerStats
+    from .worker import WorkerInfo
 
 START_SECONDS = 180
 """How long a cluster may take to give us workers."""
 
 ALIVE_SECONDS = 20
 """How long a worker may take to say that it is alive."""
+
+STATS_SECONDS = 2
+"""How long to wait for what workers say of themselves."""
 
 MAX_RESTORES = 3
 """How often a pipeline is mended before it is given up, where workers go on dying meanwhile."""
@@ -48,31 +47,34 @@ POLL_SECONDS = 0.05
 
 
 class Pipeline:
-    """The workers in order. Use as a context manager, or `close` it: that ends the workers and a cluster it started."""
+    """The workers in order. Use as a context manager, or `close` it: that ends the workers and a cluster it started.
+
+    infos: where each worker runs; count: how many stages the loaded model has, 0 before one is loaded
+    """
 
     def __init__(
         self,
         workers: int | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         spec: ModelSpec | None = None,
-        load_stage: "LoadStage | None" = None,
     ) -> None:
         """Start `workers` actors: by default one for each GPU of the cluster, or one on a CPU if it has none.
 
         By default the cluster is a new one that listens on loopback only. `spec` is that of the model they will load,
-        if it is known: they prepare for it at once. `load_stage` loads a stage on a worker instead of `RunningStage`.
-        Raises WorkerError if the cluster cannot be reached or has too few GPUs or CPUs.
+        if it is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
+        GPUs or CPUs.
         """
         self._started_ray = False
         self._group: Any = None
         self._workers: list[Any] = []
         self._plan: Plan | None = None
-        self.loads = 0
-        self._ids = itertools.count()
-        self._restarting = threading.Lock()  # sequences in several threads may see the same worker die
-        self._spec, self._load_stage = spec, load_stage
+        self.count = 0
+        self._restarting = threading.Lock()
+        self._spec = spec
         self._secret, self._epoch = new_secret(), 0
         self._answers: Answers | None = None
+        self._loaded: set[int] = set()  # the stages that are loaded, and those whose pages the caller thinks are filled
+        self._emptied: set[int] = set()
         self.infos: list[WorkerInfo] = []
         try:
             self._started_ray = connect(workers, cluster.address)
@@ -113,7 +115,7 @@ class Pipeline:
                 placement_group=self._group, placement_group_bundle_index=bundle
             ),
         )
-        return actor.remote(self.kind, self._spec, self._load_stage)
+        return actor.remote(self.kind, self._spec)
 
     def devices(self) -> list[Device]:
         """A device for each worker, in order; CPU workers of one box share its memory equally."""
@@ -136,15 +138,16 @@ class Pipeline:
         if plan.spec.folder is None:
             raise CheckpointError(f"{plan.spec.name}: the plan names no folder with weights")
         plan = replace(plan, spec=replace(plan.spec, folder=plan.spec.folder.absolute()))
-        self._plan, self.loads = None, self.loads + 1
+        self._plan, self.count = None, 0
         self._unload()
         try:
             reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
+            self._loaded = set(range(len(plan.stages)))
             self._connect(plan)
         except BaseException:
             self._unload()
             raise
-        self._plan = plan
+        self._plan, self.count = plan, len(plan.stages)
         return reports
 
     def _start_load(self, plan: Plan, index: int) -> Any:
@@ -157,6 +160,7 @@ class Pipeline:
 
     def _unload(self) -> None:
         self._end_links()
+        self._loaded, self._emptied = set(), set()
         for worker in self._workers:
             worker.unload.remote()
 
@@ -175,35 +179,7 @@ class Pipeline:
                         bars.update(i, done, total)
         return cast("list[LoadReport]", self._get(loads))
 
-    def step(
-        self,
-        inputs: "Tensor",
-        key: "CacheKey | None",
-        mask: "Tensor | None",
-        positions: "Tensor | None",
-        keep: "int | Tensor",
-    ) -> "Tensor":
-        """Token ids (batch, tokens) through all stages: logits (batch, kept tokens, vocabulary)."""
-        from .packed import pack, unpack  # needs torch, which nothing before a step needs
-
-        if self._plan is None:
-            raise WorkerError("no model is loaded on the workers; Pipeline.load comes first")
-        packed_mask, packed_positions = pack(mask), pack(positions)
-        kept = keep if isinstance(keep, int) else pack(keep)
-        last = len(self._plan.stages) - 1
-        hidden: Any = pack(inputs)
-        for i, worker in enumerate(self._workers[: last + 1]):
-            hidden = worker.forward.remote(hidden, key, packed_mask, packed_positions, kept if i == last else None)
-        if self._plan.spec.tied and last > 0:
-            hidden = self._workers[0].head.remote(hidden)
-        return cast("Tensor", unpack(self._get(hidden), "cpu"))
-
     # --- links and steps ---
-
-    @property
-    def count(self) -> int:
-        """How many stages the loaded model has."""
-        return 0 if self._plan is None else len(self._plan.stages)
 
     def send(self, step: "Step") -> None:
         """Send a step on its way; returns at once. Raises WorkerError, as `Answers.send` does."""
@@ -220,21 +196,33 @@ class Pipeline:
         """
         if self._plan is None:
             return []
-        emptied: set[int] = set()
         with self._restarting:
+            self._end_links()
             for attempt in range(MAX_RESTORES):
-                emptied.update(self._restart_dead(self._plan))
                 try:
+                    self._replace_dead(self._plan)
                     self._connect(self._plan)
                     break
                 except WorkerError:
                     if attempt == MAX_RESTORES - 1:
                         raise
-        return sorted(i for i in emptied if i < self.count)
+            emptied, self._emptied = self._emptied, set()
+        return sorted(emptied)
 
-    def stats(self) -> "list[StageStats]":
-        """What each stage has done so far. Raises WorkerDied."""
-        return cast("list[StageStats]", self._get([w.stats.remote() for w in self._workers[: self.count]]))
+    def stats(self) -> "list[WorkerStats]":
+        """What each stage has done so far; zeros for one that is not there at the moment."""
+        from .spans import WorkerStats
+
+        asked = [worker.stats.remote() for worker in self._workers[: self.count]]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=STATS_SECONDS) if asked else ([], [])
+        found = []
+        for reference in asked:
+            try:
+                stats = self._get(reference) if reference in ready else None
+            except WorkerError:
+                stats = None
+            found.append(stats or WorkerStats(0.0, 0, 0))
+        return found
 
     def trace(self, on: bool) -> None:
         """Let the workers begin to keep spans, or end it."""
@@ -265,7 +253,7 @@ class Pipeline:
         addresses = self._get(asked, ALIVE_SECONDS)
         nexts = [None if place.goes_out is None else addresses[place.next] for place in places]
         asked = [w.connect.remote(self._epoch, address) for w, address in zip(workers, nexts, strict=True)]
-        self._get(asked, ALIVE_SECONDS)
+        self._get(asked, 2 * HELLO_SECONDS + ALIVE_SECONDS)
         self._answers = Answers(addresses, self._epoch, self._secret)
 
     def _end_links(self) -> None:
@@ -273,26 +261,8 @@ class Pipeline:
         if answers is not None:
             answers.close()
 
-    # --- the driver that is on its way out ---
-
-    def new_cache_id(self) -> int:
-        """An id under which the workers keep the keys and values of one batch of sequences."""
-        return next(self._ids)
-
-    def drop(self, cache_id: int) -> None:
-        """Let the workers forget a batch of sequences."""
-        if ray.is_initialized():
-            for worker in self._workers:
-                worker.drop.remote(cache_id)
-
-    def restart_dead(self) -> list[int]:
-        """Start each dead worker again and load its stage; returns their indices. Other workers keep theirs."""
-        if self._plan is None:
-            return []
-        with self._restarting:
-            return self._restart_dead(self._plan)
-
-    def _restart_dead(self, plan: Plan) -> list[int]:
+    def _replace_dead(self, plan: Plan) -> None:
+        """Start dead workers again, and load the stages that are not loaded. Raises WorkerError."""
         alive = [worker.progress.remote() for worker in self._workers]
         dead = []
         for i, reference in enumerate(alive):
@@ -302,12 +272,15 @@ class Pipeline:
                 dead.append(i)
         for i in dead:
             ray.kill(self._workers[i])
+            self._loaded.discard(i)
             self._workers[i] = self._new_worker(self._bundles[i])
         infos = self._get([self._workers[i].describe.remote() for i in dead], START_SECONDS)
         for i, info in zip(dead, infos, strict=True):
             self.infos[i] = info
-        self._get([self._start_load(plan, i) for i in dead if i < len(plan.stages)])
-        return dead
+        lost = [i for i in range(len(plan.stages)) if i not in self._loaded]
+        self._emptied.update(lost)
+        self._get([self._start_load(plan, i) for i in lost])
+        self._loaded.update(lost)
 
     def _get(self, references: Any, timeout: float | None = None) -> Any:
         """`ray.get` with the errors of the interface: those of bigint8 as they were raised, others as WorkerError."""
@@ -317,8 +290,6 @@ class Pipeline:
             cause = error.cause
             if isinstance(cause, BigInt8Error):
                 raise cause from None
-            if isinstance(cause, RayActorError):  # of the worker before this one in a step
-                raise WorkerDied(str(cause)) from error
             raise WorkerError(f"a worker failed: {type(cause).__name__}: {cause}") from error
         except GetTimeoutError:
             raise WorkerError(f"a worker did not answer within {timeout:.0f} s; ray status shows the cluster") from None
@@ -330,6 +301,7 @@ class Pipeline:
         self._end_links()
         workers, group, started = self._workers, self._group, self._started_ray
         self._workers, self._group, self._plan, self._started_ray = [], None, None, False
+        self.count = 0
         if not ray.is_initialized():
             return
         try:

@@ -1,6 +1,6 @@
 """A stage that is loaded and runs steps: on a worker, or the whole model in this process."""
 
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -63,8 +63,8 @@ def room_of(plan: Plan, device: str) -> Room:
 def answer(stage: RaggedStage, step: Step, hidden_RH: Tensor) -> Values:
     """As `RunningStage.answer`."""
     logits_RV = stage.logits(hidden_RH)
-    values: Any = choose(logits_RV, step) if len(step.choices) else logits_RV.cpu().numpy()
-    return values
+    values = choose(logits_RV, step) if len(step.choices) else logits_RV
+    return cast(Values, values.cpu().numpy())
 
 
 def _check_all_placed(plan: Plan, skeleton: Skeleton, family: Family) -> None:

@@ -1,9 +1,15 @@
 """What a worker did when: spans of time for a picture of a pipeline, and sums for its statistics."""
 
+import resource
+import sys
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+
+import psutil
+
+from .stages import StageStats
 
 MOST_SPANS = 100_000
 """How many spans a worker keeps; older ones go."""
@@ -14,8 +20,8 @@ class Span:
     """What a worker did with a step, in nanoseconds of `time.time_ns()`: of its own box's clock, but see "hop".
 
     name: "hop" (from the sender's start of sending, by the sender's clock, to the message being whole), "wait" (until
-        its turn came), "compute" (the stage), "head" (logits, and the choice of tokens), "send" (until the computing
-        thread was free again)
+        its turn came), "compute" (the stage; on a GPU, until it was told all of it), "head" (logits, and the choice of
+        tokens), "send" (until the computing thread was free again)
     """
 
     name: str
@@ -44,19 +50,14 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class StageStats:
-    """What a stage has done since its worker's links were first made.
+class WorkerStats(StageStats):
+    """What a stage has done since its worker's links were first made, `seconds` ago.
 
-    seconds: since then; busy_seconds: computing; steps, rows: that passed through it
-    resident_bytes, peak_bytes: of the process's memory, now and at most
+    memory_bytes, peak_bytes: of its process on the host, now and at most
     """
 
-    seconds: float
-    busy_seconds: float
-    steps: int
-    rows: int
-    resident_bytes: int
-    peak_bytes: int
+    peak_bytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -75,19 +76,14 @@ class Tally:
             self._steps += steps
             self._rows += rows
 
-    def stats(self) -> StageStats:
+    def stats(self) -> WorkerStats:
         with self._lock:
             busy, steps, rows = self._busy_ns / 1e9, self._steps, self._rows
-        resident, peak = _memory()
-        return StageStats(time.monotonic() - self._started, busy, steps, rows, resident, peak)
+        return WorkerStats(busy, steps, rows, *_memory(), time.monotonic() - self._started)
 
 
 def _memory() -> tuple[int, int]:
     """Resident and peak bytes of this process."""
-    import resource
-    import sys
-
-    import psutil
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return psutil.Process().memory_info().rss, peak
+    resident = psutil.Process().memory_info().rss
+    return resident, max(resident, peak)

@@ -43,15 +43,8 @@ class Text:
         elif len(prompt) and isinstance(prompt[0], Mapping):
             ids = self.conversation(cast("Sequence[Mapping[str, str]]", prompt))
         else:
-            ids = [int(token) for token in cast("Sequence[int]", prompt)]
-        if not ids:
-            raise BigInt8Error(f"prompt {prompt!r}: no tokens in it")
-        if len(ids) >= context:
-            raise BigInt8Error(
-                f"prompt: {len(ids)} tokens leave no room in a context of {context}; shorten it or load with a larger "
-                "context="
-            )
-        return ids
+            ids = list(cast("Sequence[int]", prompt))
+        return ids_within(ids, context)
 
     def conversation(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
@@ -73,6 +66,19 @@ class Text:
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
+
+
+def ids_within(prompt: Any, context: int) -> list[int]:
+    """Token ids of a prompt. Raises BigInt8Error if there are none, or if they leave no room in the context."""
+    ids = [int(token) for token in prompt]
+    if not ids:
+        raise BigInt8Error("prompt: no tokens in it")
+    if len(ids) >= context:
+        raise BigInt8Error(
+            f"prompt: {len(ids)} tokens leave no room in a context of {context}; shorten it or load with a larger "
+            "context="
+        )
+    return ids
 
 
 class Pieces:

@@ -10,7 +10,6 @@ received. What is refused with a WireError before any memory is taken for it:
 """
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -57,13 +56,13 @@ DTYPES = ("none", "float32", "float16", "bfloat16", "int32", "uint8")
 """Of a message's payload, in the order of their codes. numpy has no bfloat16: its bits travel as int16."""
 
 _NUMPY = {name: np.dtype("int16" if name == "bfloat16" else name) for name in DTYPES[1:]}
-_KINDS = frozenset(Kind)
+_KINDS = {int(kind): kind for kind in Kind}
 _NO_PAYLOAD: Array = np.zeros((0, 0), np.uint8)
 _NO_STEP = Step(0, *(np.zeros(0, np.int32),) * 4, 0, np.zeros((0, 0, 0), np.int32))
 
 # magic, version, kind, dtype, place, few, stages, number, sent_ns, body bytes, then the counts
-_LAYOUT = struct.Struct("<8sHBBiiiqqQ11I")
-HEADER_BYTES = 128
+_LAYOUT = struct.Struct("<8sHBBiiiqqQ11I36x")
+HEADER_BYTES = _LAYOUT.size
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Header:
-    """The first HEADER_BYTES of a message: the message without its arrays, how many there are of what, their bytes."""
+    """The first HEADER_BYTES of a message.
 
-    message: Message
-    few: int
-    stages: int
+    message, step: their fields that are numbers; counts: of what the shapes follow from; sizes: the bytes of each
+    array of the step; body_bytes: of all that follows
+    """
+
+    message: dict[str, Any]
+    step: dict[str, Any]
     counts: tuple[int, ...]
+    sizes: tuple[int, ...]
     body_bytes: int
 
 
@@ -138,33 +141,20 @@ def detached(message: Message) -> Message:
 
 # --- sizes ---
 
+_INTS = np.dtype(np.int32)
+_FIELDS = tuple(
+    (name, CHOICE if name == "choices" else _INTS)
+    for name in (
+        "ids", "positions", "places", "sequences", "tables", "keep", "choices", "history", "history_ends", "copies"
+    )
+)  # fmt: skip
+"""The arrays of a step in their order."""
 
-def _shapes(counts: tuple[int, ...]) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
-    """Each array of a step in its order: the field's name, dtype and shape."""
-    rows, groups, sequences, pages, keep, choices, history, ends, copies = counts[:9]
-    ints = np.dtype(np.int32)
-    for name in ("ids", "positions", "places", "sequences"):
-        yield name, ints, (rows,)
-    yield "tables", ints, (groups, sequences, pages)
-    yield "keep", ints, (keep,)
-    yield "choices", CHOICE, (choices,)
-    yield "history", ints, (history,)
-    yield "history_ends", ints, (ends,)
-    yield "copies", ints, (copies, 3)
-
-
-def _nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count * dtype.itemsize
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
+_PADDING = tuple(bytes(count) for count in range(ALIGN))
 
 
 def _counts(message: Message) -> tuple[int, ...]:
+    """How many there are of what: all that the shapes follow from, the payload's at the end."""
     step = message.step
     return (
         len(step.ids), *step.tables.shape, len(step.keep), len(step.choices), len(step.history),
@@ -172,44 +162,59 @@ def _counts(message: Message) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _step_bytes(counts: tuple[int, ...]) -> int:
-    return sum(_aligned(_nbytes(dtype, shape)) for _, dtype, shape in _shapes(counts))
+def _shapes(counts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shape of each array of a step."""
+    rows, groups, sequences, pages, keep, choices, history, ends, copies = counts[:9]
+    of_rows = ((rows,),) * 4
+    return (*of_rows, (groups, sequences, pages), (keep,), (choices,), (history,), (ends,), (copies, 3))
+
+
+def _sizes(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """The bytes of each array of a step, and those up to the next one. Counts are Python's, which do not overflow."""
+    rows, groups, sequences, pages, keep, choices, history, ends, copies = counts[:9]
+    row = _aligned(4 * rows)
+    return (
+        row, row, row, row, _aligned(4 * groups * sequences * pages), _aligned(4 * keep),
+        _aligned(CHOICE.itemsize * choices), _aligned(4 * history), _aligned(4 * ends), _aligned(12 * copies),
+    )  # fmt: skip
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
 
 
 def _payload_bytes(counts: tuple[int, ...], dtype: str) -> int:
-    return 0 if dtype == "none" else _nbytes(_NUMPY[dtype], counts[9:])
+    return 0 if dtype == "none" else counts[9] * counts[10] * _NUMPY[dtype].itemsize
 
 
 # --- writing ---
 
 
-def pack(message: Message, most_bytes: int = MOST_BYTES) -> bytearray:
+def pack(message: Message, most_bytes: int = MOST_BYTES) -> bytes:
     """The header and the step as bytes. The payload's bytes, which are not copied, come after them.
 
     Raises WireError for a message larger than `most_bytes`, and for arrays of other shapes or dtypes than they should
     have.
     """
     counts = _counts(message)
-    step, step_bytes, payload_bytes = message.step, _step_bytes(counts), _payload_bytes(counts, message.dtype)
-    if step_bytes + payload_bytes > most_bytes:
+    shapes = _shapes(counts)
+    body_bytes = sum(_sizes(counts)) + _payload_bytes(counts, message.dtype)
+    if body_bytes > most_bytes:
         raise WireError(
-            f"step {message.number}: a message of {step_bytes + payload_bytes:,} bytes, of which at most "
-            f"{most_bytes:,} are sent; run fewer tokens at once, or ask for the logits of fewer"
+            f"step {message.number}: a message of {body_bytes:,} bytes, of which at most {most_bytes:,} are sent; run "
+            "fewer tokens at once, or ask for the logits of fewer"
         )
     if message.dtype != "none" and message.payload.dtype != _NUMPY[message.dtype]:
         raise WireError(f"step {message.number}: a payload of {message.payload.dtype} that is to be {message.dtype}")
-    buffer = bytearray(HEADER_BYTES + step_bytes)
+    step = message.step
     fixed = (MAGIC, VERSION, message.kind, DTYPES.index(message.dtype), message.place, step.few, step.stages)
-    _LAYOUT.pack_into(buffer, 0, *fixed, message.number, message.sent_ns, step_bytes + payload_bytes, *counts)
-    start = HEADER_BYTES
-    for name, dtype, shape in _shapes(counts):
+    parts = [_LAYOUT.pack(*fixed, message.number, message.sent_ns, body_bytes, *counts)]
+    for (name, dtype), shape in zip(_FIELDS, shapes, strict=True):
         array = getattr(step, name)
-        if array.shape != shape or array.dtype != dtype:
+        if array.shape != shape or (array.dtype is not dtype and array.dtype != dtype):
             raise WireError(f"step {message.number}: {name} is {array.dtype} {array.shape}, not {dtype} {shape}")
-        if array.size:
-            np.frombuffer(buffer, dtype, array.size, start)[:] = array.reshape(-1)
-        start += _aligned(array.nbytes)
-    return buffer
+        parts += (array.tobytes(), _PADDING[-array.nbytes % ALIGN])
+    return b"".join(parts)
 
 
 def payload_bytes(message: Message) -> memoryview:
@@ -222,7 +227,7 @@ def payload_bytes(message: Message) -> memoryview:
 # --- reading ---
 
 
-def read_header(data: bytes | bytearray | memoryview, most_bytes: int = MOST_BYTES) -> Header:
+def read_header(data: bytes | memoryview, most_bytes: int = MOST_BYTES) -> Header:
     """What the first HEADER_BYTES of a message say. Raises WireError for what the module's first lines name."""
     magic, version, kind, dtype, place, few, stages, number, sent_ns, body_bytes, *rest = _LAYOUT.unpack_from(data)
     if magic != MAGIC or version != VERSION:
@@ -230,25 +235,24 @@ def read_header(data: bytes | bytearray | memoryview, most_bytes: int = MOST_BYT
     if kind not in _KINDS or dtype >= len(DTYPES):
         raise WireError(f"a message of kind {kind} and dtype {dtype}, which there is none of")
     counts = tuple(rest)
-    expected = _step_bytes(counts) + _payload_bytes(counts, DTYPES[dtype])
+    sizes = _sizes(counts)
+    expected = sum(sizes) + _payload_bytes(counts, DTYPES[dtype])
     if body_bytes > most_bytes or body_bytes != expected:
         raise WireError(
             f"a message that tells {body_bytes:,} bytes, of which its counts make {expected:,}, and at most "
             f"{most_bytes:,} are taken"
         )
-    message = Message(Kind(kind), number, dtype=DTYPES[dtype], place=place, sent_ns=sent_ns)
-    return Header(message, few, stages, counts, body_bytes)
+    fields = {"kind": _KINDS[kind], "number": number, "dtype": DTYPES[dtype], "place": place, "sent_ns": sent_ns}
+    return Header(fields, {"number": number, "few": few, "stages": stages}, counts, sizes, body_bytes)
 
 
 def unpack(header: Header, body: Array) -> Message:
     """The whole message; its arrays are views of `body` (uint8), of which `header.body_bytes` are read."""
-    arrays, start = {}, 0
-    for name, dtype, shape in _shapes(header.counts):
-        nbytes = _nbytes(dtype, shape)
-        arrays[name] = body[start : start + nbytes].view(dtype).reshape(shape)
-        start += _aligned(nbytes)
-    step = Step(number=header.message.number, few=header.few, stages=header.stages, **arrays)
-    payload, name = _NO_PAYLOAD, header.message.dtype
-    if name != "none":
-        payload = body[start : header.body_bytes].view(_NUMPY[name]).reshape(header.counts[9:])
-    return replace(header.message, step=step, payload=payload)
+    step: dict[str, Any] = dict(header.step)
+    start, memory = 0, body.data
+    for (name, dtype), shape, size in zip(_FIELDS, _shapes(header.counts), header.sizes, strict=True):
+        step[name] = np.ndarray(shape, dtype, memory, start)
+        start += size
+    named = header.message["dtype"]
+    payload = _NO_PAYLOAD if named == "none" else np.ndarray(header.counts[9:], _NUMPY[named], memory, start)
+    return Message(step=Step(**step), payload=payload, **header.message)

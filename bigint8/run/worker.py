@@ -6,8 +6,8 @@ a worker imports them in the background, while others start.
 
 import os
 import socket
+import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,12 @@ from .doors import LOOPBACK, Address
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
     from .flow import Flow, Place
-    from .packed import CacheKey, Packed
-    from .spans import Span, StageStats
+    from .spans import Span, WorkerStats
 
-LoadStage = Callable[[Plan, int, str, Callable[[int, int], None]], Any]
-"""What loads stage i of a plan onto a device and tells how far it is: something like `running.RunningStage`."""
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread of a worker may go on in Python while another waits, such as the one that receives. Python's own
+5 ms are as long as a small stage computes."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,10 @@ class WorkerInfo:
 class Worker:
     """The actor that owns one device."""
 
-    def __init__(self, kind: str, spec: ModelSpec | None = None, load_stage: LoadStage | None = None) -> None:
-        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels.
-
-        load_stage: what loads a stage; `RunningStage` does, unless this is given
-        """
-        self._kind, self._load_stage = kind, load_stage
+    def __init__(self, kind: str, spec: ModelSpec | None = None) -> None:
+        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels."""
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self._kind = kind
         self._device = "cuda:0" if kind == "cuda" else "cpu"
         self._progress = (0, 0)
         self._stage: Any = None
@@ -85,10 +84,9 @@ class Worker:
         def on_progress(done: int, total: int) -> None:
             self._progress = (done, total)
 
-        stage = (self._load_stage or RunningStage)(plan, index, self._device, on_progress)
+        stage = RunningStage(plan, index, self._device, on_progress)
         self._stage = stage
-        report: LoadReport = stage.report
-        return report
+        return stage.report
 
     def unload(self) -> None:
         """End the links and give the stage's memory back."""
@@ -112,7 +110,7 @@ class Worker:
         self._flow.connect(epoch, next_address)
 
     @ray.method(concurrency_group="control")
-    def stats(self) -> "StageStats | None":
+    def stats(self) -> "WorkerStats | None":
         """What the stage has done so far; None before it has links."""
         return None if self._flow is None else self._flow.tally.stats()
 
@@ -132,33 +130,9 @@ class Worker:
         """Bytes read so far and in all; (0, 0) before reading begins."""
         return self._progress
 
-    def forward(
-        self,
-        inputs: "Packed",
-        key: "CacheKey | None",
-        mask: "Packed | None",
-        positions: "Packed | None",
-        keep: "int | Packed | None",
-    ) -> "Packed":
-        """One step of this stage."""
-        packed: Packed = self._loaded().step(inputs, key, mask, positions, keep)
-        return packed
-
-    def head(self, hidden: "Packed") -> "Packed":
-        """Logits of the last stage's hidden states, where the head lives with the embeddings."""
-        packed: Packed = self._loaded().head(hidden)
-        return packed
-
-    def drop(self, cache_id: int) -> None:
-        """Forget a batch of sequences."""
-        if self._stage is not None:
-            self._stage.drop(cache_id)
-
     def _loaded(self) -> Any:
-        if self._stage is None:  # a step came between this worker's start and its load
-            from .packed import SequenceLost
-
-            raise SequenceLost(f"the worker in process {os.getpid()} has not loaded its stage yet")
+        if self._stage is None:
+            raise WorkerError(f"the worker in process {os.getpid()} has not loaded its stage yet")
         return self._stage
 
 

@@ -30,7 +30,7 @@ class Generation:
         """
         began = time.perf_counter()
         asked = [self._submit(prompt, len(self._text.encode(prompt, self._context))) for prompt in prompts]
-        results = []
+        results: list[dict[str, Any]] = []
         for prompt, completion in zip(prompts, asked, strict=True):
             print(f"\n{self._opening(prompt)}", end="", flush=True)
             text = self._show(completion)
@@ -38,7 +38,7 @@ class Generation:
             results.append({"prompt": prompt, "text": text, "tokens": len(completion.tokens), "seconds": seconds})
             print(flush=True)
         if results:
-            tokens, seconds = sum(result["tokens"] for result in results), time.perf_counter() - began
+            tokens, seconds = sum(len(completion.tokens) for completion in asked), time.perf_counter() - began
             print(f"[{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s]", flush=True)
         return results
 

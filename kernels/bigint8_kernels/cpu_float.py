@@ -3,7 +3,7 @@
 16-bit weights become float32 in registers, exactly, so the product is that of float32 weights at half the bytes. A CPU
 without 16-bit arithmetic turns eight of them at once (F16C for float16, a shift for bfloat16).
 
-A tile is one row of X times four rows of W, or four times two. Every sum is made in the same order, so that a row of Y is
+A tile is one row of X times four rows of W, or four times two. Every sum is made in the same order. So a row of Y is
 the same bits with any number of rows of X.
 
 Dimensions: T tokens, K input features, N output features.

@@ -26,7 +26,7 @@ from .numba_bits import intp_at
 CACHE_LINE = 64
 
 SPINS = 1000
-"""Turns of waiting, of about 40 cycles each, after which a thread lets others have its core between two turns."""
+"""Turns of waiting, of about 40 cycles each, after which a thread leaves its core to others between two turns."""
 
 
 class Step(ctypes.Structure):
@@ -88,22 +88,25 @@ def _pause(typingctx):
 
 @intrinsic
 def _call_plain(typingctx, function):
-    """Call a C function without arguments, at an address."""
+    """Call the C function at an address with the argument 1."""
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [ir.IntType(32)(1)])
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
 
 
 def _give_way() -> int:
-    """The address of the function that lets another thread have the core."""
+    """The address of the function that leaves the core to others for a moment.
+
+    It sleeps, where it can: to an idle core the system moves the thread that is waited for, if that has none.
+    """
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.SwitchToThread
     else:
-        function = ctypes.CDLL(None).sched_yield
+        function = ctypes.CDLL(None).usleep
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
@@ -194,12 +197,15 @@ class Program:
                 address += STEP_BYTES
             self._firsts.append((address - self._steps) // STEP_BYTES)
 
-    def run(self, first: int = 0, last: int | None = None) -> None:
-        """Run the groups from `first` to `last - 1`, by default all. Not from two threads at once."""
+    def run(self, first: int = 0, last: int | None = None, alone: bool = False) -> None:
+        """Run the groups from `first` to `last - 1`, by default all; `alone`, on this thread only.
+
+        Not from two threads at once.
+        """
         if self._memory is None:
             self._build()
         start, stop = self._firsts[first], self._firsts[len(self) if last is None else last]
-        if self.threads == 1:
+        if alone or self.threads == 1:
             _run_alone(self._steps, start, stop)
         else:
             with threads_for(0, self.threads):

@@ -1,0 +1,326 @@
+"""The driver's loop: requests become steps, steps go through the stages, tokens go to those who wait for them."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence as Several
+from functools import partial
+
+from numpy.typing import ArrayLike
+
+from ..errors import BigInt8Error, WorkerError, in_one_line
+from ..model.step import Result, Step
+from ..options import Workload
+from ..plan.plan import Plan
+from .feed import Fed
+from .flights import Logits
+from .pages import PageGroup
+from .requests import Completion
+from .scheduler import Scheduler
+from .sequence import Request, Sequence
+from .settings import Detokenize, Settings
+from .stages import EngineStats, StageLost, Stages
+from .tables import Tables
+from .trace import StepSpans, Trace
+
+MAX_RESTARTS = 3
+"""How often in a row stages are started again: then something is wrong that a start does not mend."""
+
+ANSWER_SECONDS = 600.0
+"""How long a step may take through all stages, with the steps before it."""
+
+CLOSE_SECONDS = 5.0
+"""How long closing waits for the thread, which may be in the middle of a step."""
+
+
+class Engine:
+    """Runs requests on the stages until it is closed. One thread of its own sends, receives and hands out.
+
+    Every method may be called from any thread. When the engine ends, for whatever reason, all requests end.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        groups: Several[PageGroup],
+        workload: Workload,
+        trace: Trace | None = None,
+        slots: int | None = None,
+    ) -> None:
+        """`groups` are the pages of each stage. `slots`: how many steps are under way at most, by default one, or one
+        more than there are stages. Close it, or use it in a `with`."""
+        self._stages = stages
+        self._spans = None if trace is None else StepSpans(trace)
+        self._scheduler = Scheduler(Tables(groups, workload.context), stages.count, workload, slots)
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._dropped: deque[Sequence] = deque()
+        self._ended: BigInt8Error | None = None
+        self._not_sent: BigInt8Error | None = None
+        self._sends_alone = False  # while stages are restored, nobody else sends
+        self._restarts = self._restarts_in_a_row = self._tokens = 0
+        self._started = time.monotonic()
+        self._measured = self._started, 0
+        self._thread = threading.Thread(target=self._run, name="bigint8 engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def of(cls, plan: Plan, stages: Stages, trace: Trace | None = None, slots: int | None = None) -> "Engine":
+        """The engine of a plan's stages, with the pages that they have."""
+        windows = plan.spec.known_layout.groups
+        groups = [PageGroup(window, pages) for window, pages in zip(windows, plan.pages, strict=True)]
+        return cls(stages, groups, plan.workload, trace, slots)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def submit(self, prompt_ids: ArrayLike, settings: Settings, detokenize: Detokenize | None = None) -> Completion:
+        """Ask for a continuation of the prompt, or several: they are the completion's `sequences`.
+
+        `detokenize` is for stop strings. Raises PlanError for a request that could never fit, WorkerError if the engine
+        has ended.
+        """
+        if settings.stop and detokenize is None:
+            raise BigInt8Error("stop strings need a tokenizer (detokenize=): they are looked for in the text")
+        made = tuple(Completion(settings, detokenize) for _ in range(settings.sequences))
+        with self._lock:
+            self._check_open()
+            request = self._scheduler.add(prompt_ids, made)
+            for completion in made:
+                completion.sequences, completion.on_cancel = made, partial(self._cancel, completion, request)
+            self._wake()
+        return made[0]
+
+    def _cancel(self, completion: Completion, request: Request) -> None:
+        with self._lock:
+            if not completion.done:
+                completion.end("cancelled")
+                self._scheduler.cancel(request)
+                self._wake()
+
+    def _wake(self) -> None:
+        """There is something to send: it goes at once if there is a slot, also while the thread waits for a result."""
+        if self._scheduler.flights and not self._sends_alone:
+            self._send_all()
+        else:
+            self._work.notify()
+
+    # --- sequences that are fed from outside, as transformers' generate() does it ---------------------------------
+
+    def open_sequence(self) -> Sequence:
+        """A sequence without tokens, to be fed by `forward`. Drop it when it is not needed any more."""
+        with self._lock:
+            self._check_open()
+            return self._scheduler.feeds.open()
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same tokens. Whole pages are shared, the last one is copied when one goes on."""
+        with self._lock:
+            self._check_open()
+            return self._scheduler.feeds.fork(sequence)
+
+    def crop(self, sequence: Sequence, tokens: int) -> None:
+        """Only the first `tokens` stay. Raises PlanError where a window has moved on by more than the last call."""
+        with self._lock:
+            self._check_open()
+            self._scheduler.feeds.crop(sequence, tokens)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence; also one that is computing, and also when the engine has ended.
+
+        May be called by a garbage collection, which can come in the middle of anything, the thread's own work too. So it
+        waits for nothing: who holds the lock, or takes it next, does it.
+        """
+        self._dropped.append(sequence)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget_dropped()
+            finally:
+                self._lock.release()
+
+    def _forget_dropped(self) -> None:
+        """With the lock: the sequences that were dropped leave their pages."""
+        while self._dropped:
+            sequence = self._dropped.popleft()
+            if self._ended is None and not sequence.dropped:
+                self._scheduler.feeds.drop(sequence)
+                self._wake()
+
+    def forward(self, fed: Several[Fed], keep: ArrayLike) -> Logits:
+        """Feed sequences, and wait for logits: float32 (kept rows, vocabulary), in the order of `keep`.
+
+        fed: (sequence, new token ids, their positions, few), each sequence once. few: the tokens are computed as
+        generated ones are, as those of a prompt of at most FEW_ROWS tokens should be. keep: rows, counted over all.
+        Raises PlanError if there is no room for them, WorkerError if the engine ends.
+        """
+        with self._lock:
+            self._check_open()
+            feed = self._scheduler.feeds.call(fed, keep)
+            self._wake()
+        return feed.result.result()
+
+    # --- what it does --------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """What it does now, and has done since the statistics before."""
+        stages = tuple(self._stages.stats())
+        with self._lock:
+            now, scheduler = time.monotonic(), self._scheduler
+            seconds, (then, before) = now - self._started, self._measured
+            self._measured = now, self._tokens
+            return EngineStats(
+                seconds=seconds,
+                tokens=self._tokens,
+                tokens_per_s=(self._tokens - before) / max(now - then, 1e-9),
+                waiting=len(scheduler.waiting),
+                running=scheduler.admitted,
+                free_pages=tuple(pool.available for pool in scheduler.tables.pools),
+                restarts=self._restarts,
+                stages=stages,
+                busy=tuple(min(1.0, stage.busy_seconds / max(seconds, 1e-9)) for stage in stages),
+            )
+
+    def close(self) -> None:
+        """End it. Requests that are not done fail."""
+        self._end(WorkerError("the engine was closed before the request was done"))
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _check_open(self) -> None:
+        """With the lock, before anything that takes pages."""
+        self._forget_dropped()
+        if self._ended is not None:
+            raise WorkerError(f"the engine has ended: {self._ended}") from self._ended
+
+    def _end(self, error: BaseException) -> None:
+        """All requests end with this error, unless the engine has ended before."""
+        with self._lock:
+            if self._ended is None:
+                wrapped = WorkerError(f"the engine failed: {in_one_line(error)}")
+                wrapped.__cause__ = error
+                self._ended = error if isinstance(error, BigInt8Error) else wrapped
+                self._scheduler.end_all(self._ended)
+            self._work.notify_all()
+
+    # --- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._send_or_wait():
+                try:
+                    result = self._receive()
+                except StageLost as error:
+                    self._recover(error)
+                else:
+                    self._settle(result)
+        except BaseException as error:
+            self._end(error)
+
+    def _send_or_wait(self) -> bool:
+        """Send what there is; whether a result is to be waited for. False when the engine has ended."""
+        with self._lock:
+            while self._ended is None:
+                self._forget_dropped()
+                self._send_all()
+                if self._scheduler.flights:
+                    return True
+                self._work.wait()
+            return False
+
+    def _send_all(self) -> None:
+        start_ns = time.time_ns()
+        while (step := self._scheduler.next()) is not None:
+            self._send(step, start_ns)
+            start_ns = time.time_ns()
+
+    def _send(self, step: Step, start_ns: int) -> None:
+        """Errors show when the thread waits for the result, whoever sends."""
+        try:
+            self._stages.send(step)
+        except BigInt8Error as error:
+            self._not_sent = error
+        if self._spans is not None:
+            self._spans.sent(step.number, start_ns, {"rows": step.rows, "generated": step.few})
+
+    def _receive(self) -> Result:
+        """The next result that is waited for. Without the lock: others may send meanwhile."""
+        error, self._not_sent = self._not_sent, None
+        if error is not None:
+            raise error
+        return self._stages.receive(ANSWER_SECONDS)
+
+    def _settle(self, result: Result) -> None:
+        start_ns = time.time_ns()
+        with self._lock:
+            if self._ended is not None:
+                return
+            expected = self._scheduler.flights[0].step.number
+            if result.number > expected:
+                raise WorkerError(f"the result of step {result.number} came before that of step {expected}")
+            if result.number == expected:  # others are of before a restart
+                self._tokens += self._scheduler.settle(result)
+                self._restarts_in_a_row = 0
+                if self._spans is not None:
+                    self._spans.back(result.number, start_ns)
+
+    # --- stages that are lost ------------------------------------------------------------------------------------
+
+    def _recover(self, error: StageLost) -> None:
+        """Start the lost stages again, fill their pages, send the steps that were under way once more."""
+        start_ns = time.time_ns()
+        with self._lock:
+            self._sends_alone = True
+        empty: set[int] = set()
+        while True:
+            self._restarts += 1
+            self._restarts_in_a_row += 1
+            if self._restarts_in_a_row > MAX_RESTARTS:
+                raise WorkerError(f"stages died {self._restarts_in_a_row} times in a row, at last: {error}") from error
+            try:
+                self._not_sent = None
+                empty.update(self._stages.restore())  # also those that were not filled before the next one died
+                self._refill(empty)
+                empty.clear()
+                with self._lock:
+                    if self._spans is not None:
+                        self._spans.lost(start_ns, f"restore after stage {error.index} was lost")
+                    for step in self._scheduler.send_again():
+                        self._send(step, time.time_ns())
+                    self._sends_alone = False
+                return
+            except StageLost as another:
+                error = another
+
+    def _refill(self, empty: set[int]) -> None:
+        """Fill the pages of these stages from the tokens of the sequences that go on."""
+        if not empty:
+            return
+        with self._lock:
+            self._scheduler.tables.forget_idle()
+            refill = self._scheduler.refill(max(empty) + 1)
+        numbers: deque[int] = deque()
+        try:
+            while self._ended is None:
+                with self._lock:
+                    step = next(refill.steps, None)
+                    if step is not None:
+                        self._send(step, time.time_ns())
+                        numbers.append(step.number)
+                if step is None and not numbers:
+                    break
+                if step is None or len(numbers) > self._stages.count:
+                    while self._receive().number < numbers[0]:
+                        pass
+                    numbers.popleft()
+        finally:
+            with self._lock:
+                refill.steps.close()
+        with self._lock:
+            self._scheduler.tables.forget_idle()  # of sequences that ended meanwhile
+            for sequence in refill.lost:
+                self._scheduler.feeds.drop(sequence)
