@@ -400,7 +400,9 @@ def test_beginnings_that_nobody_uses_are_forgotten_with_a_lost_stage():
     with Engine(stages, [FULL], WORK) as engine:
         expected = engine.submit([1] * 40, Settings(5)).result(WAIT).tokens
         idle(engine)
-        stages.losses[stages.work] = 0
+        stages.losses[stages.work + 2] = 0
+        engine.submit([2] * 40, Settings(5)).result(WAIT)
+        assert engine.stats().restarts == 1
         assert engine.submit([1] * 40, Settings(5)).result(WAIT).tokens == expected
 
 

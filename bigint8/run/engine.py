@@ -293,7 +293,6 @@ class Engine:
         if not empty:
             return
         with self._lock:
-            self._scheduler.tables.forget_idle()
             refill = self._scheduler.refill(max(empty) + 1)
         numbers: deque[int] = deque()
         try:
@@ -315,6 +314,6 @@ class Engine:
             with self._lock:
                 refill.steps.close()
         with self._lock:
-            self._scheduler.tables.forget_idle()  # of sequences that ended meanwhile
+            self._scheduler.tables.forget_idle()  # only what somebody holds was filled again
             for sequence in refill.lost:
                 self._scheduler.feeds.drop(sequence)
