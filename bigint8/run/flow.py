@@ -233,7 +233,8 @@ class Flow:
 
     def _handle(self, received: Received, epoch: _Epoch) -> None:
         message = received.message
-        self.spans.add("hop", message.number, message.sent_ns, received.received_ns)
+        name = "ring" if message.kind is Kind.ROWS else "hop"
+        self.spans.add(name, message.number, message.sent_ns, received.received_ns)
         self.spans.add("wait", message.number, received.received_ns, time.time_ns())
         free = None
         try:
