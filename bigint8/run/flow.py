@@ -226,7 +226,8 @@ class Flow:
             while (received := self._inbox.take()) is not None:
                 with self._changed:
                     epoch = self._now
-                if received.link in epoch.came_in.values():
+                    is_current = received.link in epoch.came_in.values()
+                if is_current:
                     self._handle(received, epoch)
                 else:
                     received.release()
