@@ -220,6 +220,7 @@ class ModelPipeline:
     def load(self, progress: bool = True) -> "list[LoadReport]":
         """Load the model; what that did for each stage. Raises what `load_sharded_int8` raises."""
         checkpoint = self.found.opened()
+        self._end_engine()
         self.start()
         if self._workers is None:
             _warm_up(self.plan.spec, (stage.device.kind for stage in self.plan.stages))
@@ -298,14 +299,17 @@ class ModelPipeline:
 
     def close(self) -> None:
         """Let the model go; end the workers, and the cluster if it was started for them. Requests that run fail."""
-        engine, self.engine, self._generator = self.engine, None, None
         workers, self._workers, self.model = self._workers, None, None
         try:
-            if engine is not None:
-                engine.close()
+            self._end_engine()
         finally:
             if workers is not None:
                 workers.close()
+
+    def _end_engine(self) -> None:
+        engine, self.engine, self._generator = self.engine, None, None
+        if engine is not None:
+            engine.close()
 
     def _start(self, count: int | None, cluster: Cluster) -> "Pipeline":
         from .run.pipeline import Pipeline

@@ -31,8 +31,8 @@ NO_INT8 = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_
 """The names of all linear layers of all families: what leaves a model as it is stored."""
 
 
-def loaded_stages(folder: Path, count: int, **config: Any) -> tuple[list[StageModel], ModelSpec]:
-    """The stages of a checkpoint's model, loaded on the CPU in float32 as workers load them."""
+def loaded_stages(folder: Path, count: int, device: str = "cpu", **config: Any) -> tuple[list[StageModel], ModelSpec]:
+    """The stages of a checkpoint's model, loaded on one device, in float32, as workers load them."""
     found = find_model(folder, Int8Config(**({"dtype": "float32"} | config)))
     plan = make_plan(found.spec, [cpu_device(share=count)] * count, found.spec.workload())
     stages = []
@@ -40,17 +40,17 @@ def loaded_stages(folder: Path, count: int, **config: Any) -> tuple[list[StageMo
         skeleton = skeleton_of(found.checkpoint, found.spec, plan.dtype)
         stage = StageModel(skeleton, family_of(skeleton.model.config.model_type), planned.modules)
         check_planned_bytes(planned, stage.slots)
-        fill(found.checkpoint, skeleton, stage.slots, lambda name: "cpu")
+        fill(found.checkpoint, skeleton, stage.slots, lambda name: device)
         if stage.has_head:
             skeleton.tie()
-        move_buffers(stage, lambda name: "cpu")
+        move_buffers(stage, lambda name: device)
         stages.append(stage.eval())
     return stages, found.spec
 
 
-def room_for(layout: Layout) -> Room:
+def room_for(layout: Layout, device: str = "cpu") -> Room:
     """Room for the sequences of these tests."""
-    return Room((PAGES,) * len(layout.groups), MOST_ROWS, torch.float32, torch.device("cpu"))
+    return Room((PAGES,) * len(layout.groups), MOST_ROWS, torch.float32, torch.device(device))
 
 
 @dataclass
@@ -75,9 +75,9 @@ class Text:
 class Stages:
     """The stages of a model one after the other, and the pages that their pools have free, in no order."""
 
-    def __init__(self, folder: Path, count: int, general: bool = False, **config: Any) -> None:
-        stages, spec = loaded_stages(folder, count, **config)
-        self.layout, room = spec.known_layout, room_for(spec.known_layout)
+    def __init__(self, folder: Path, count: int, general: bool = False, device: str = "cpu", **config: Any) -> None:
+        stages, spec = loaded_stages(folder, count, device, **config)
+        self.layout, room = spec.known_layout, room_for(spec.known_layout, device)
         self.stages: list[RaggedStage] = [
             GeneralStage(stage, self.layout, room) if general else open_stage(stage, spec, room) for stage in stages
         ]
@@ -148,7 +148,7 @@ class Stages:
         most = 1 + max(run for by_group in pages for runs in by_group for run in runs)
         tables = np.full((len(self.layout.groups), len(pages), most), -1, np.int32)
         for index, by_group in enumerate(pages):
-            for group, runs in enumerate(by_group):
+            for group, runs in enumerate(by_group[: len(tables)]):
                 for run, page in runs.items():
                     tables[group, index, run] = page
         return tables

@@ -302,7 +302,7 @@ def test_fed_sequences_and_requests_run_side_by_side():
 losses = st.dictionaries(st.integers(0, 400), st.integers(0, 2), max_size=MAX_RESTARTS)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     windows=st.sampled_from([(None,), (20,), (5, None)]),
     stages=st.integers(1, 3),
@@ -334,7 +334,7 @@ def test_nobody_notices_that_stages_died(windows, stages, losses, pages, seed):
         assert nothing_left(idle(engine))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     windows=st.sampled_from([(None,), (20,), (20, None)]),
     stages=st.integers(1, 3),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from bigint8_kernels import step as kernels_step
 from bigint8_kernels.step import PAGE
+from pretend import pretending
+from pretend_cuda import install
 from ragged import (
     NO_INT8,
     ROUNDED_TO_16_BITS,
@@ -123,6 +125,21 @@ def test_a_token_does_not_depend_on_what_runs_with_it(folders, kind):
         alone = Text(text.tokens[: text.prompt])
         Stages(folders(kind), 1).generate([alone])
         assert torch.equal(torch.stack(alone.logits), torch.stack(text.logits))
+
+
+@pytest.mark.parametrize("way", ["fused", "general"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_everything_is_on_the_gpu(folders, kind, way, monkeypatch):
+    """The GPU is not there: what is checked is what meets, and that the values are those of the CPU."""
+    install(monkeypatch, gpus=1, find_races=False)
+    rows, pages = [(5, 0, 0), (17, 1, 0), (9, 0, 1), (33, 0, 2)], [[{0: page}] * 2 for page in range(3)]
+    config = {"general": way == "general", "activations": "16bit", "int8_head": True}
+    expected = Stages(folders(kind), 2, **config).run(rows, 0, pages, [1, 2, 3])
+    with pretending():
+        stages = Stages(folders(kind), 2, device="cuda:0", **config)
+        found = stages.run(rows, 0, pages, [1, 2, 3])
+        assert str(found.device) == "cuda:0"
+    assert_close(found.held, expected, ROUNDED_TO_16_BITS)
 
 
 UNUSUAL = {

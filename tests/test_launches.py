@@ -13,11 +13,14 @@ QUANTIZE = ["mark_outliers_kernel", "quantize_activations_kernel"]
 PROGRAM = Path(__file__).with_name("launches.py")
 
 
-def run(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+STEP_PROGRAM = Path(__file__).with_name("step_launches.py")
+
+
+def run(folder: Path, *arguments: str, program: Path = PROGRAM) -> list[dict[str, Any]]:
     """In a process of its own: in this one, kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
-    done = subprocess.run([sys.executable, PROGRAM, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, program, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     calls: list[dict[str, Any]] = json.loads(done.stdout)
     return calls
@@ -39,7 +42,7 @@ def calls(everything: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def named(call: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in call.items() if name not in ("compiled", "launched"))
+    return ", ".join(f"{name} {value}" for name, value in call.items() if name not in ("compiled", "launched", "torch"))
 
 
 def test_every_launch_that_can_be_chosen_has_its_kernel(calls):
@@ -94,3 +97,51 @@ def test_after_a_device_was_prepared_no_token_and_no_prompt_compiles_anything(ca
     for call in run(cache, "prepared"):
         assert call["compiled"] == [], named(call)
         assert call["launched"]
+
+
+# --- steps of blocks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps(cache: Path) -> list[dict[str, Any]]:
+    return run(cache, program=STEP_PROGRAM)
+
+
+def test_a_block_of_llama_takes_8_launches_for_generated_tokens(steps):
+    """Whether the weights of queries, keys and values lie side by side or not; torch launches nothing besides."""
+    linear = ["int8_gemv_kernel"]
+    attention = ["add_norm_kernel", *linear, "attend_tokens_kernel", *linear]
+    feed_forward = ["add_norm_kernel", *linear, "activate_kernel", *linear]
+    tokens = [step for step in steps if step["step"].endswith(("token", "tokens"))]
+    assert len(tokens) == 16
+    for step in tokens:
+        assert step["launched"] == attention + feed_forward and step["torch"] == [], named(step)
+
+
+def test_a_prompt_writes_its_keys_in_one_launch_and_attends_in_another(steps):
+    for step in steps:
+        if step["step"] == "a prompt":
+            attention = [name for name in step["launched"] if name.startswith(("attend", "rotate"))]
+            assert attention == ["rotate_write_kernel", "attend_rows_kernel"], named(step)
+
+
+def test_tokens_beside_a_prompt_attend_and_multiply_as_tokens_do(steps):
+    for step in steps:
+        if step["step"] == "two tokens and a prompt":
+            attention = [name for name in step["launched"] if name.startswith(("attend", "rotate"))]
+            assert attention == ["rotate_write_kernel", "attend_tokens_kernel", "attend_rows_kernel"], named(step)
+            assert step["launched"].count("int8_gemv_kernel") == 4
+
+
+def test_layers_of_one_x_quantize_it_once(steps):
+    for step in steps:
+        if "prompt" in step["step"]:
+            assert step["launched"].count("quantize_activations_kernel") == 4, named(step)
+
+
+def test_a_later_block_and_other_contexts_compile_nothing_and_cut_no_rows_into_tiles(steps):
+    for step in steps:
+        if step["block"] == "second" or "other" in step["step"]:
+            assert step["compiled"] == [], named(step)
+        if step["block"] == "second":
+            assert {name.partition(".")[0] for name in step["torch"]} <= {"zeros"}, named(step)

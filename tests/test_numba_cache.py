@@ -64,13 +64,29 @@ def load_and_multiply(dtype):
         if dtype != torch.float32:
             float_linear(x, source)
 
+def run_a_step(dtype):
+    from bigint8_kernels.cpu_step import CpuStep
+    from bigint8_kernels.step import Attention, Batch, Linear, Norm, pool_shape
+
+    attention = Attention(2, 1, 16, (0, 16), (32, 16), (48, 16), 0.25)
+    weight, scale = torch.ones(64, 64, dtype=torch.int8), torch.ones(64)
+    for threads in (1, 2):
+        step = CpuStep(2, threads)
+        x = step.rows("x", 64)
+        y = step.linear(step.add_norm(x, None, Norm(None, None, 1e-5, False)), [Linear(weight, scale)], "y")
+        y = step.attend(y, attention, torch.zeros(pool_shape(1, attention), dtype=dtype))
+        y = step.linear(step.activate(y, "silu", False), [Linear(torch.ones(8, 32, dtype=dtype))], "z")
+        places, sequences = torch.arange(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+        step.run(Batch(places, sequences, (torch.zeros(1, 1, dtype=torch.int32),), few=1))
+
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
     compiled.clear()
-    compile_cpu_kernels([dtype])
+    compile_cpu_kernels([dtype], [dtype])
     print(dtype, "ahead", len(compiled))
     compiled.clear()
     for cpu_threads.PARALLEL_VALUES in (2**62, 0):
         load_and_multiply(dtype)
+    run_a_step(dtype)
     print(dtype, "later", *compiled)
 """
 )

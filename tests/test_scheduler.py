@@ -75,7 +75,7 @@ asked = st.builds(
 group_kinds = st.sampled_from([(None,), (5,), (20,), (None, 20), (33, None, 1)])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     requests=st.lists(st.tuples(prompts, asked, st.integers(0, 60)), min_size=1, max_size=12),
     windows=group_kinds,

@@ -4,17 +4,15 @@ import sys
 import warnings
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from bigint8_kernels import dispatch, reference, triton_activations, triton_gemv, triton_matmul, triton_weights
 from bigint8_kernels.gpu import MOST_GEMV_ROWS, Gpu, int8_linear
 from bigint8_kernels.gpu_tiles import ARCHITECTURES, gemv_tile, matmul_tiles
 from bigint8_kernels.triton_matmul import GATHERED
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from triton.runtime import interpreter
+from interpreted import bfloat16_in_the_interpreter  # noqa: F401
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.01, torch.float32: 1e-4}
@@ -32,22 +30,6 @@ def few(examples: int):
         suppress_health_check=[HealthCheck.function_scoped_fixture],
         phases=[Phase.explicit, Phase.reuse, Phase.generate],
     )
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_in_the_interpreter(monkeypatch):
-    """It multiplies the bits of bfloat16 numbers as if they were integers; here they become float32 first."""
-    dot = interpreter.InterpreterBuilder.create_dot
-
-    def widen(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return dot(self, widen(a), widen(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def random_weight(n: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

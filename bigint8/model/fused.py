@@ -134,11 +134,11 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     if len(tensors) < len(parts):
         return None
     first = tensors[0]
-    memory, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    memory, end = first.untyped_storage()._cdata, first.storage_offset()
     for tensor in tensors:
         if (tensor.dtype, tensor.shape[1:]) != (first.dtype, first.shape[1:]):
             return None
-        if tensor.untyped_storage().data_ptr() != memory or tensor.storage_offset() != end:
+        if tensor.untyped_storage()._cdata != memory or tensor.storage_offset() != end:
             return None
         end += tensor.numel()
     rows = sum(tensor.shape[0] for tensor in tensors)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import BigInt8Error
 from ..families.layout import Layout, Recipe
 from .fused import FusedBlock, fuse, linear_of, norm_of, run_block
+from .host_numbers import on_device
 from .program import Program, Rows
 from .ragged import Pools, Room, batch_of, batch_without_attention
 from .rotary import Rotary, refuse_changing_frequencies
@@ -23,7 +24,7 @@ KEPT_AT_ONCE = 64
 class FusedStage:
     """A loaded stage of a family that has a recipe. See `ragged.RaggedStage` for what it does."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, stage: StageModel | ModelPart, recipe: Recipe, layout: Layout, room: Room) -> None:
         """Allocate the keys and values. Raises BigInt8Error for rotary positions that change with the batch."""
         refuse_changing_frequencies(stage)
@@ -34,7 +35,7 @@ class FusedStage:
             for block, index in zip(stage.blocks, stage.indices, strict=True)
         ]
         self._pools = Pools([block.attention for block in blocks], room)
-        self._dtype = torch.float32 if room.device.type == "cpu" else _float_dtype(stage)
+        self._dtype = torch.float32 if room.device.type == "cpu" else room.dtype
         hidden, width = layout.sizes.hidden, layout.sizes.width or layout.sizes.hidden
         kept = min(KEPT_AT_ONCE, room.most_rows)
         self._blocks = Rows(_through(blocks, self._pools), hidden, room.most_rows, room.device)
@@ -47,7 +48,7 @@ class FusedStage:
         """Bytes of the keys and values that it has room for."""
         return self._pools.nbytes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
         """As `RaggedStage.run`."""
         self._room.check(step)
@@ -56,10 +57,10 @@ class FusedStage:
         x_TH = self._blocks.run(batch_of(step, self._rotary, self._room.device), x_TH)
         if not self._stage.is_last:
             return x_TH.clone()
-        kept_RH = x_TH[torch.tensor(step.keep, device=x_TH.device)]
+        kept_RH = x_TH[on_device(step.keep, x_TH.device)]
         return kept_RH if self._after is None else self._by_themselves(self._after, kept_RH)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, hidden_RW: Tensor) -> Tensor:
         """As `RaggedStage.logits`."""
         if self._head is None:
@@ -70,11 +71,11 @@ class FusedStage:
         """The rows that go into the first block (T, H)."""
         embeddings, positions = self._stage.part(self._stage.family.embeddings), self._positions()
         assert embeddings is not None
-        x_TW = cast(Tensor, embeddings(torch.tensor(step.ids, device=self._room.device))).to(self._dtype)
+        x_TW = cast(Tensor, embeddings(on_device(step.ids, self._room.device))).to(self._dtype)
         if self._before is not None:
             x_TW = self._before.run(batch_without_attention(step.rows, step.few, self._room.device), x_TW)
         if positions is not None:
-            index_T = torch.tensor(step.positions, device=self._room.device) + getattr(positions, "offset", 0)
+            index_T = on_device(step.positions, self._room.device) + getattr(positions, "offset", 0)
             x_TW = x_TW + positions.weight[index_T].to(self._dtype)
         return x_TW
 
@@ -84,11 +85,14 @@ class FusedStage:
 
     def _by_themselves(self, rows: Rows, x_RK: Tensor) -> Tensor:
         """Rows that were kept, some at a time. Their activations stay 16-bit where the layers leave it open."""
-        parts = [
-            rows.run(batch_without_attention(len(part), len(part), self._room.device), part.clone()).clone()
-            for part in x_RK.split(rows.most_rows)
-        ]
-        return torch.cat(parts)
+        batches = [batch_without_attention(len(x), len(x), self._room.device) for x in x_RK.split(rows.most_rows)]
+        first = rows.run(batches[0], x_RK[: batches[0].rows])
+        y_RN = first.new_empty(len(x_RK), first.shape[1])
+        y_RN[: len(first)] = first
+        for i, batch in enumerate(batches[1:], start=1):
+            start = i * rows.most_rows
+            y_RN[start : start + batch.rows] = rows.run(batch, x_RK[start : start + batch.rows])
+        return y_RN
 
 
 def _rotary_of(stage: StageModel | ModelPart, recipe: Recipe, device: torch.device) -> Rotary | None:
@@ -146,8 +150,3 @@ def _in_a_row(norm: nn.Module | None, linear: nn.Module | None) -> Program | Non
         return x_TK if linear is None else ops.linear(x_TK, [linear_of(linear)], "projected")
 
     return program
-
-
-def _float_dtype(stage: StageModel | ModelPart) -> torch.dtype:
-    """The dtype of what is not int8."""
-    return next(parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())

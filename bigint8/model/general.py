@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from ..errors import BigInt8Error
 from ..families.layout import Layout
 from .fused import alibi_slopes
+from .host_numbers import on_device
 from .program import Rows
 from .ragged import Pools, Room, batch_of
 from .rotary import refuse_changing_frequencies
@@ -34,7 +35,7 @@ BEYOND_US = ("softcap", "s_aux", "position_bias")
 class GeneralStage:
     """A loaded stage that runs transformers' own modules. See `ragged.RaggedStage` for what it does."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, stage: StageModel, layout: Layout, room: Room) -> None:
         """Find out how the blocks attend, and allocate the keys and values.
 
@@ -48,7 +49,8 @@ class GeneralStage:
             for index, block in enumerate(stage.blocks):
                 block.self_attention = _BloomAttention(cast(nn.Module, block.self_attention), index, self._attention)
         stage.config._attn_implementation = NAME
-        self._dtype = next(parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())
+        floats = (parameter.dtype for parameter in stage.parameters() if parameter.is_floating_point())
+        self._dtype = next(floats, room.dtype)
         self._run(_one_row(len(layout.groups)), None if stage.is_first else torch.zeros(1, layout.sizes.hidden))
         self._attention.allocate()
 
@@ -57,24 +59,24 @@ class GeneralStage:
         """Bytes of the keys and values that it has room for."""
         return self._attention.pools.nbytes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
         """As `RaggedStage.run`."""
         self._room.check(step)
         self._attention.pools.copy(step.copies)
         hidden_TH = self._run(step, hidden)
         if self._stage.is_last:
-            hidden_TH = hidden_TH[torch.tensor(step.keep, device=hidden_TH.device)]
+            hidden_TH = hidden_TH[on_device(step.keep, hidden_TH.device)]
         return hidden_TH.float() if self._room.device.type == "cpu" else hidden_TH
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, hidden_RW: Tensor) -> Tensor:
         """As `RaggedStage.logits`."""
         return self._stage.head(hidden_RW.to(self._room.device, self._dtype)).float()
 
     def _run(self, step: Step, hidden: Tensor | None) -> Tensor:
         device = self._room.device
-        ids_1T, positions_1T = (torch.tensor(part, device=device)[None].long() for part in (step.ids, step.positions))
+        ids_1T, positions_1T = (on_device(part, device)[None].long() for part in (step.ids, step.positions))
         inputs = ids_1T if hidden is None else hidden.to(device, self._dtype)[None]
         self._attention.batch = batch_of(step, None, device)
         no_padding_1T = torch.ones_like(positions_1T)  # without it, some models warn of padding

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from bigint8_kernels import dispatch
-from bigint8_kernels.reference_step import ReferenceOperations
 from bigint8_kernels.step import Batch, Operations
 from torch import Tensor
 
@@ -29,7 +28,7 @@ class Rows:
     def run(self, batch: Batch, x_TK: Tensor) -> Tensor:
         """What comes out for X (T, K), which it may change. The result is good until the next run."""
         if self._recorder is None:
-            return self._program(ReferenceOperations(batch), x_TK)
+            return self._program(dispatch.operations(batch), x_TK)
         self._x[: batch.rows] = x_TK
         self._recorder.run(batch)
         return self._y[: batch.rows]

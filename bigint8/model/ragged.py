@@ -12,6 +12,7 @@ from bigint8_kernels.step import Attention, Batch, pool_shape
 from torch import Tensor
 
 from ..errors import BigInt8Error
+from .host_numbers import on_device
 from .rotary import Rotary
 from .step import Ints, Step
 
@@ -20,7 +21,8 @@ from .step import Ints, Step
 class Room:
     """What a stage has room for, and where.
 
-    pages: of each group of `Layout.groups`; most_rows: of a step; dtype: of the keys and values
+    pages: of each group of `Layout.groups`; most_rows: of a step; dtype: the model's, which its keys and values have,
+        and its rows where the device is no CPU
     """
 
     pages: tuple[int, ...]
@@ -84,9 +86,10 @@ class Pools:
     def copy(self, copies: Ints) -> None:
         """Copy pages, (C, 3): group, from, to. All are read before any is written."""
         for group, pool in enumerate(self._groups):
-            here = torch.tensor(copies[copies[:, 0] == group], dtype=torch.long, device=pool.device)
-            if len(here) and len(pool):
-                pool[:, here[:, 2]] = pool[:, here[:, 1]]
+            here = copies[copies[:, 0] == group]
+            if len(here) and len(pool):  # in most steps nothing is copied, and nothing is sent to the device
+                pages = on_device(here[:, 1:], pool.device).long()
+                pool[:, pages[:, 1]] = pool[:, pages[:, 0]]
 
     @property
     def nbytes(self) -> int:
@@ -97,9 +100,9 @@ def batch_of(step: Step, rotary: Rotary | None, device: torch.device) -> Batch:
     """The rows of a step as the operations take them, on a device."""
     cos_TR, sin_TR = (None, None) if rotary is None else rotary.of(step.positions)
     return Batch(
-        places_T=torch.tensor(step.places, device=device),
-        sequences_T=torch.tensor(step.sequences, device=device),
-        tables=tuple(torch.tensor(table, device=device) for table in step.tables),
+        places_T=on_device(step.places, device),
+        sequences_T=on_device(step.sequences, device),
+        tables=tuple(on_device(table, device) for table in step.tables),
         few=step.few,
         cos_TR=cos_TR,
         sin_TR=sin_TR,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BigInt8Error
+from .host_numbers import on_device
 from .step import Ints
 
 POSITIONS = 1024
@@ -30,7 +31,7 @@ class Rotary:
         """Cosines and sines, float32 (T, R/2) each, of T positions."""
         while self._tables_2PR.shape[1] <= positions.max(initial=0):
             self._tables_2PR = torch.cat([self._tables_2PR, self._next_positions()], dim=1)
-        cos_TR, sin_TR = self._tables_2PR[:, torch.tensor(positions, device=self._tables_2PR.device)]
+        cos_TR, sin_TR = self._tables_2PR[:, on_device(positions, self._tables_2PR.device)]
         return cos_TR, sin_TR
 
     def _next_positions(self) -> Tensor:

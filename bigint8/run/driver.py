@@ -60,7 +60,7 @@ class PagedCache(Cache):
         batch, columns = ids_BT.shape
         tokens_BT = self._new_tokens(batch, columns, mask)
         positions_BT = self._positions(tokens_BT, positions, from_mask)
-        wanted = torch.arange(columns)[-keep if keep else None :] if isinstance(keep, int) else keep.cpu() % columns
+        wanted = _wanted(keep, columns)
         if not self._sequences:
             self._sequences += [self._engine.open_sequence() for _ in range(batch)]
         fed: list[Fed] = []
@@ -76,7 +76,7 @@ class PagedCache(Cache):
             few = count == 1 if past else count <= FEW_ROWS
             fed.append((sequence, ids_BT[b].cpu()[there].numpy(), positions_BT[b][there].numpy(), few))
             rank = there.cumsum(0) - 1 + before
-            for k, column in enumerate(wanted.tolist()):
+            for k, column in enumerate(wanted):
                 if there[column]:
                     kept.append(int(rank[column]))
                     places.append((b, k))
@@ -168,6 +168,16 @@ class PagedCache(Cache):
         other._sequences += [self._engine.fork(sequence) for sequence in self._sequences]
         other._tokens_BP = self._tokens_BP
         return other
+
+
+def _wanted(keep: int | Tensor, columns: int) -> list[int]:
+    """The columns whose logits are wanted."""
+    if isinstance(keep, int):
+        return list(range(columns))[-keep if keep else None :]
+    wanted: list[int] = keep.tolist()
+    if any(not -columns <= column < columns for column in wanted):
+        raise BigInt8Error(f"logits_to_keep={wanted}: there are {columns} new tokens; name 0 to {columns - 1}")
+    return [column % columns for column in wanted]
 
 
 def _drop_all(engine: Sequences, sequences: list[Any]) -> None:

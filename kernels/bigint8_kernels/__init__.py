@@ -9,12 +9,15 @@ Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
   `numba_vectors`: the vectors it is made of; `cpu_threads`: kernels on several threads);
 - `cpu_float`: float weights on the CPU, multiplied in float32 (`numba_floats`: its vectors);
 - `cpu_step`: the operations of a step on the CPU (`step`), recorded as one program of kernels: `cpu_program` runs it on
-  several threads, `cpu_rows` has norms and activations, `cpu_attention` attention over pages, `cpu_prompt` int8 rows of
-  prompts;
+  several threads, `cpu_rows` has norms and activations, `cpu_pages` keys and values, `cpu_attention` and `cpu_scores`
+  attention over them, `cpu_prompt` int8 rows of prompts;
 - `cpu_ahead`: all kernels for the CPU, compiled before they are needed;
 - `triton_weights`, `triton_activations`, `triton_matmul`, `triton_gemv`: the kernels for GPUs, a family a file
   (`triton_numbers`: what they share); `gpu_tiles`: their configurations; `gpu`: which of them serves how many rows;
-- `resources`: what they need of a GPU, from their machine code: `python -m bigint8_kernels.resources`;
+- `gpu_step`: the operations of a step on GPUs, `ops`: these as operators of torch; their kernels are `triton_norm`,
+  `triton_heads`, `triton_attention` and `triton_activation`;
+- `resources`: what they need of a GPU, from their machine code: `python -m bigint8_kernels.resources` (`variants`: every
+  kernel with every choice that is compiled into it);
 - `generic`: plain torch for every other device;
 - `dispatch`: which of them serves a device. The functions here are its own.
 """
@@ -24,6 +27,7 @@ from .dispatch import (
     copy_values,
     float_linear,
     int8_linear,
+    operations,
     prepare_layers,
     quantize_rows,
     quantize_rows_counting,
@@ -38,6 +42,7 @@ __all__ = [
     "copy_values",
     "float_linear",
     "int8_linear",
+    "operations",
     "prepare_layers",
     "quantize_rows",
     "quantize_rows_counting",

@@ -13,38 +13,52 @@ from pathlib import Path
 import torch
 from numba import types
 
-from . import cpu, cpu_float, cpu_product, cpu_threads, cpu_weights
+from . import (
+    cpu,
+    cpu_attention,
+    cpu_float,
+    cpu_pages,
+    cpu_product,
+    cpu_program,
+    cpu_prompt,
+    cpu_rows,
+    cpu_threads,
+    cpu_weights,
+)
 from .numba_cache import compile_in_turns
 
 _NUMBERS = {torch.float16: types.uint16, torch.bfloat16: types.int16, torch.float32: types.float32}
 """What the kernels read each float dtype as (`numba_bits.BITS`)."""
 
 
-def compile_cpu_kernels(dtypes: Iterable[torch.dtype]) -> float:
-    """Compile, or load from numba's cache, every kernel that loads weights of these dtypes and multiplies with them.
+def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dtype] = (torch.float32,)) -> float:
+    """Compile, or load from numba's cache, every kernel that loads weights of these dtypes and runs steps with them.
 
     `dtypes` are those that checkpoints store: float16, bfloat16 and float32; none for weights that are int8 already.
-    Returns how many seconds it took. May be called from any thread, and from several processes at once.
-    Raises TypeError for other dtypes.
+    `pools` are the dtypes of keys and values, of the same three. Returns how many seconds it took. May be called from
+    any thread, and from several processes at once. Raises TypeError for other dtypes.
     """
     start = time.perf_counter()
     compilations: dict[str, Callable[[], None]] = {}
-    stored = list(dict.fromkeys(dtypes))
-    for dtype in stored:
+    stored, pooled = list(dict.fromkeys(dtypes)), list(dict.fromkeys(pools))
+    for dtype in (*stored, *pooled):
         if dtype not in _NUMBERS:
-            raise TypeError(f"compile_cpu_kernels knows weights in float16, bfloat16 and float32, not {dtype}")
+            raise TypeError(f"compile_cpu_kernels knows float16, bfloat16 and float32, not {dtype}")
     if stored:
         compilations |= {
             "quantize": partial(_compile_quantization, stored),
             "copy": partial(_compile_copies, stored),
             "quantize_columns": partial(_compile_transposed, stored),
         }
-    kernels = [cpu_product.multiply, cpu.to_int16, cpu.to_int8, cpu.to_int8_without]
+    kernels = [cpu_attention.ATTEND[dtype] for dtype in pooled]  # these take longest
+    kernels += [*(cpu_pages.PREPARE[dtype] for dtype in pooled), cpu_attention.add_chunks]
+    kernels += [cpu_product.multiply, cpu.to_int16, cpu.to_int8, cpu.to_int8_without]
+    kernels += [cpu_rows.add_norm, cpu_rows.activate, cpu_prompt.to_int8_by_token, cpu_prompt.add_outliers]
     if cpu.has_int8_dot():
         kernels.append(cpu.rescale)
-    kernels += [cpu_float.PRODUCTS[dtype] for dtype in stored if dtype in cpu_float.PRODUCTS]
+    kernels += [cpu_float.PRODUCTS[dtype] for dtype in stored]
     compilations |= {kernel.name: kernel.compile for kernel in kernels}
-    compilations["_call_parts"] = cpu_threads.compile_calls
+    compilations |= {"_call_parts": cpu_threads.compile_calls, "_run_together": cpu_program.compile_runs}
     compile_in_turns(compilations, Path(cpu_weights.copy.stats.cache_path))
     return time.perf_counter() - start
 

@@ -20,12 +20,17 @@ from .cpu_threads import blocks_of, kernel, tokens_of, work_at
 from .numba_bits import float32_at, int8_at, int16_at
 from .numba_vectors import (
     STEP,
+    add_floats,
     add_products,
     add_scaled,
+    halves,
+    lane,
     load_int8,
     load_int16,
+    multiply_floats,
     prefetch,
     sum_of,
+    sums_of,
     zero_floats,
     zero_ints,
 )
@@ -65,7 +70,10 @@ def _dots_1x4(x, x_scale, w0, w1, w2, w3, steps):
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _dots_4x2(x, features, x_scale, blocks, u, v, steps):
-    """The products of four tokens in a row with the rows u and v of the weight, as `_dots_1x4` of each: u first."""
+    """The products of four tokens in a row with the rows u and v of the weight, as `_dots_1x4` of each.
+
+    A vector of eight: those with u, then those with v.
+    """
     yu0 = yu1 = yu2 = yu3 = yv0 = yv1 = yv2 = yv3 = zero_floats()
     for first in range(0, steps, STEPS_A_BLOCK):
         su0 = su1 = su2 = su3 = sv0 = sv1 = sv2 = sv3 = zero_ints()
@@ -91,7 +99,7 @@ def _dots_4x2(x, features, x_scale, blocks, u, v, steps):
         yu2, yv2 = add_scaled(yu2, su2, scale), add_scaled(yv2, sv2, scale)
         scale = x_scale[3 * blocks + b]
         yu3, yv3 = add_scaled(yu3, su3, scale), add_scaled(yv3, sv3, scale)
-    return (sum_of(yu0), sum_of(yu1), sum_of(yu2), sum_of(yu3)), (sum_of(yv0), sum_of(yv1), sum_of(yv2), sum_of(yv3))
+    return sums_of(yu0, yu1, yu2, yu3, yv0, yv1, yv2, yv3)
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -107,6 +115,21 @@ def _finish(work, dot, t, n):
     if work.bias:
         y += float32_at(work.bias, n)[0]
     float32_at(work.y, t * work.y_stride + n)[0] = y
+
+
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _finish_8(work, dots, t, n0, n1):
+    """`_finish` of a tile of four tokens and two rows whose steps took all of K."""
+    scale_N, bias_N = float32_at(work.scale, 0), float32_at(work.bias, 0)
+    y = multiply_floats(dots, halves(scale_N[n0], scale_N[n1]))
+    if work.bias:
+        y = add_floats(y, halves(bias_N[n0], bias_N[n1]))
+    stride = work.y_stride
+    y_TN = float32_at(work.y, t * stride)
+    y_TN[n0], y_TN[n1] = lane(y, 0), lane(y, 4)
+    y_TN[stride + n0], y_TN[stride + n1] = lane(y, 1), lane(y, 5)
+    y_TN[2 * stride + n0], y_TN[2 * stride + n1] = lane(y, 2), lane(y, 6)
+    y_TN[3 * stride + n0], y_TN[3 * stride + n1] = lane(y, 3), lane(y, 7)
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -136,10 +159,13 @@ def _multiply_four(work, t, first, last):
     for i in range(apart):
         n0, n1 = first + i, last - apart + i
         u, v = int8_at(work.weight, n0 * features), int8_at(work.weight, n1 * features)
-        of_u, of_v = _dots_4x2(x, features, x_scale, blocks, u, v, features // STEP)
-        for j in range(4):
-            _finish(work, of_u[j], t + j, n0)
-            _finish(work, of_v[j], t + j, n1)
+        dots = _dots_4x2(x, features, x_scale, blocks, u, v, features // STEP)
+        if features % STEP == 0:
+            _finish_8(work, dots, t, n0, n1)
+        else:
+            for j in range(4):
+                _finish(work, lane(dots, j), t + j, n0)
+                _finish(work, lane(dots, 4 + j), t + j, n1)
 
 
 @kernel

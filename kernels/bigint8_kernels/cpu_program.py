@@ -197,12 +197,15 @@ class Program:
                 address += STEP_BYTES
             self._firsts.append((address - self._steps) // STEP_BYTES)
 
-    def run(self, first: int = 0, last: int | None = None) -> None:
-        """Run the groups from `first` to `last - 1`, by default all. Not from two threads at once."""
+    def run(self, first: int = 0, last: int | None = None, alone: bool = False) -> None:
+        """Run the groups from `first` to `last - 1`, by default all; `alone`, on this thread only.
+
+        Not from two threads at once.
+        """
         if self._memory is None:
             self._build()
         start, stop = self._firsts[first], self._firsts[len(self) if last is None else last]
-        if self.threads == 1:
+        if alone or self.threads == 1:
             _run_alone(self._steps, start, stop)
         else:
             with threads_for(0, self.threads):

@@ -7,6 +7,7 @@ order of k, one weight column a value. So no token's result depends on the other
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from . import cpu_product
@@ -14,8 +15,26 @@ from .cpu import has_int8_dot, rescale
 from .cpu_threads import Work, blocks_of, kernel, threads_for, work_at
 from .cpu_weights import row_scale
 from .numba_bits import float32_at, int8_at, int16_at, intp_at, magnitude, magnitude_to_float32, round_to_int8
+from .numba_floats import WIDTH, load, load_first, multiply_add, spread, sum_of
 from .reference import BLOCK
 from .step import Linear
+
+
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _sum_of_squares(x_K, features):
+    """With an order of its own, not the compiler's: two kernels must find the same outliers."""
+    total = spread(np.float32(0.0))
+    for k in range(0, features, WIDTH):
+        x = load(x_K, k) if k + WIDTH <= features else load_first(x_K, k, features - k)
+        total = multiply_add(x, x, total)
+    return sum_of(total)
+
+
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _least_outlier(x_K, features, threshold):
+    """From which |x| on a value of this row is an outlier: the threshold times the row's root mean square."""
+    least = threshold * np.sqrt(_sum_of_squares(x_K, features) / np.float32(features))
+    return least if least > 0 else np.float32(np.inf)
 
 
 @kernel
@@ -24,9 +43,9 @@ def to_int8_by_token(address, part, parts):
     work = work_at(address)
     features, blocks = work.features, blocks_of(work.features)
     outliers_K = int8_at(work.outliers, 0)
-    most = work.threshold if work.threshold > 0 else np.float32(np.inf)
     for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
         x_K, q_K = float32_at(work.x, t * features), int16_at(work.q, t * features)
+        most = _least_outlier(x_K, features, work.threshold)
         largest = np.uint32(0)
         for k in range(features):
             m = magnitude(x_K[k]) if abs(x_K[k]) < most else np.uint32(0)
@@ -54,9 +73,10 @@ def add_outliers(address, part, parts):
     scale_N = float32_at(work.scale, 0)
     for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
         x_K, y_N = float32_at(work.x, t * work.features), float32_at(work.y, t * work.y_stride)
+        most = _least_outlier(x_K, work.features, work.threshold)
         for c in range(work.columns):
             x = x_K[intp_at(work.outliers, c)[0]]
-            if abs(x) >= work.threshold:
+            if abs(x) >= most:
                 w_N = int8_at(work.weight, c * work.rows)
                 for n in range(work.rows):
                     y_N[n] += x * (np.float32(w_N[n]) * scale_N[n])

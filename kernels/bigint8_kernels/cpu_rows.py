@@ -18,9 +18,12 @@ ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
 
 
 class Rows(ctypes.Structure):
-    """What changes from step to step: how many rows there are, and the addresses of a `step.Batch`."""
+    """What changes from step to step: how many rows there are, the addresses of a `step.Batch`, and memory for it.
 
-    _fields_ = [(name, ctypes.c_ssize_t) for name in ("rows", "few", "places", "sequences", "cos", "sin")]
+    results: of attention, `cpu_scores.RESULTS` for each chunk of up to `most_split` tiles
+    """
+
+    _fields_ = [(name, ctypes.c_ssize_t) for name in ("rows", "few", "places", "sequences", "cos", "sin", "results")]
 
 
 class Table(ctypes.Structure):

@@ -19,20 +19,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_attention, cpu_float, cpu_product, cpu_rows
-from .cpu_attention import AttentionWork
+from . import cpu, cpu_attention, cpu_float, cpu_pages, cpu_product, cpu_rows, cpu_threads
+from .cpu_pages import AttentionWork
 from .cpu_program import Program
 from .cpu_prompt import Prompt
 from .cpu_rows import ACTIVATIONS, ActivationWork, NormWork, Rows, Table
+from .cpu_scores import CHUNK, RESULTS
 from .cpu_threads import Kernel, Work
 from .reference import BLOCK
-from .step import Activation, Attention, Batch, Linear, Norm, pool_shape
+from .step import PAGE, Activation, Attention, Batch, Linear, Norm, pool_shape
 
 ALIGNMENT = 64
 """Rows begin with a cache line, so that no vector lies in two where the width is a multiple of 16."""
 
 PART_BYTES = 2**18
 """Weights of a part of a product: threads that wait for each other wait for at most one part."""
+
+SPLIT_TILES_A_THREAD = 4
+"""Tiles of attention for each thread, up to which threads share tiles: with more, each thread has enough of them."""
 
 PARTS_A_THREAD = 4
 """Parts of a product, and of attention, for each thread at most: what one is late with, another takes."""
@@ -42,14 +46,15 @@ class CpuStep:
     """Operations on the CPU, recorded and run as often as needed. One thread at a time uses it."""
 
     def __init__(self, most_rows: int, threads: int | None = None) -> None:
-        """`most_rows`: that a run may have. `threads`: at most so many, by default as many as torch uses."""
-        self.most_rows = most_rows
+        """`most_rows`: that a run may have. `threads`: by default as torch uses; one where there is little to do."""
+        self.most_rows, self._weights, self._may_run_alone = most_rows, 0, threads is None
         self._program = Program(threads)
         self._rows, self._tables = Rows(), list[Table]()
         self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._prompts: list[tuple[int, bool, Prompt]] = []
         self._kept: list[Tensor] = []
         self._has_rotation = False
+        self._most_split, self._split = 0, torch.empty(0)
 
     def rows(self, name: str, width: int) -> Tensor:
         """The memory of a name: float32 (most_rows, width), the same for the same name and width."""
@@ -109,6 +114,7 @@ class CpuStep:
             raise TypeError(f"a weight with a scale is int8, its scale float32, not {layer.weight.dtype}")
         bias = None if layer.bias is None else self._keep(layer.bias.float())
         scale = None if layer.scale is None else self._keep(layer.scale)
+        self._weights += layer.weight.numel()
         return replace(layer, weight=self._keep(layer.weight), scale=scale, bias=bias)
 
     def _round_to_16bit(self, x_TK: Tensor, which: str) -> None:
@@ -171,21 +177,22 @@ class CpuStep:
                 setattr(work, f"{name}_centered", int(norm.centered))
                 setattr(work, f"{name}_epsilon", norm.epsilon)
         self._kept.append(pool)
-        prepare, attend = cpu_attention.KERNELS[pool.dtype]
-        self._program.add([(prepare, work, self._program.threads)])
-        self._program.add([(attend, work, PARTS_A_THREAD * self._program.threads)])
+        threads = self._program.threads
+        self._program.add([(cpu_pages.PREPARE[pool.dtype], work, threads)])
+        self._program.add([(cpu_attention.ATTEND[pool.dtype], work, PARTS_A_THREAD * threads)])
+        if threads > 1:
+            work.most_split = self._most_split = SPLIT_TILES_A_THREAD * threads
+            self._program.add([(cpu_attention.add_chunks, work, threads)])
         return out_TN
 
     def _check(self, attention: Attention, pool: Tensor) -> None:
-        if pool.dtype not in cpu_attention.KERNELS:
+        if pool.dtype not in cpu_pages.PREPARE:
             raise TypeError(f"a pool on the CPU is float32, float16 or bfloat16, not {pool.dtype}")
         shape = pool_shape(pool.shape[0], attention)
         if pool.shape != shape or not pool[:1].is_contiguous():
             raise ValueError(f"a pool {tuple(pool.shape)}, where {shape} with contiguous pages belongs")
-        if attention.head_dim > cpu_attention.MOST_HEAD_DIM:
-            raise ValueError(
-                f"heads of {attention.head_dim} values; the CPU's kernels take {cpu_attention.MOST_HEAD_DIM}"
-            )
+        if attention.head_dim > cpu_pages.MOST_HEAD_DIM:
+            raise ValueError(f"heads of {attention.head_dim} values; the CPU's kernels take {cpu_pages.MOST_HEAD_DIM}")
         self._has_rotation |= attention.rotated > 0
 
     def activate(self, x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
@@ -200,6 +207,13 @@ class CpuStep:
         return y_TF
 
     # --- addresses ---
+
+    def _results(self, chunks: int) -> int:
+        """Memory for attention whose tiles are split into chunks; only what is written to takes any."""
+        values = self._most_split * chunks * RESULTS
+        if values > self._split.numel():
+            self._split = torch.empty(values)
+        return self._split.data_ptr()
 
     def _keep(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().contiguous()
@@ -235,6 +249,8 @@ class CpuStep:
         state.cos, state.sin = (0 if t is None else t.data_ptr() for t in turns)
         for table, pages in zip(self._tables, tables, strict=False):
             table.pages, table.width = pages.data_ptr(), pages.shape[1]
+        chunks = max(-(-table.width * PAGE // CHUNK) for table in self._tables) if self._tables else 0
+        state.results = self._results(chunks)
         self._run(batch.rows, batch.few)
 
     def run_rows(self, rows: int, few: int | None = None) -> None:
@@ -247,9 +263,11 @@ class CpuStep:
         if not 0 <= few <= rows <= self.most_rows:
             raise ValueError(f"{few} of {rows} rows for a step of at most {self.most_rows}")
         self._rows.rows, self._rows.few, start = rows, few, 0
+        alone = self._may_run_alone and rows * self._weights < cpu_threads.PARALLEL_VALUES
         for end, always, prompt in self._prompts:
             if always or few < rows:
-                self._program.run(start, end)
+                if end > start:
+                    self._program.run(start, end, alone)
                 prompt(0 if always else few, rows)
                 start = end
-        self._program.run(start)
+        self._program.run(start, alone=alone)

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from .gpu_tiles import OLDEST
 from .reference import Activations
+from .reference_step import ReferenceOperations
+from .step import Batch, Operations
 
 if TYPE_CHECKING:
     from .cpu_step import CpuStep
@@ -57,14 +59,15 @@ def backend_of(device: torch.device) -> Literal["cpu", "triton", "torch"]:
     return "torch"
 
 
-def compile_cpu_kernels(dtypes: Iterable[torch.dtype]) -> float:
+def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dtype] = (torch.float32,)) -> float:
     """Compile the CPU's kernels, or load them from numba's cache, before they are needed: seconds it took.
 
-    `dtypes` are those in which weights are stored. See `cpu_ahead`, which takes as long to import as numba does.
+    `dtypes` are those in which weights are stored, `pools` those of keys and values. See `cpu_ahead`, which takes as
+    long to import as numba does.
     """
     from . import cpu_ahead
 
-    return cpu_ahead.compile_cpu_kernels(dtypes)
+    return cpu_ahead.compile_cpu_kernels(dtypes, pools)
 
 
 def recorder(device: torch.device, most_rows: int) -> "CpuStep | None":
@@ -74,6 +77,15 @@ def recorder(device: torch.device, most_rows: int) -> "CpuStep | None":
     from .cpu_step import CpuStep
 
     return CpuStep(most_rows)
+
+
+def operations(batch: Batch) -> Operations:
+    """The operations of a step that compute at once, on the device of the batch: Triton's, or the reference."""
+    if backend_of(batch.places_T.device) == "triton":
+        from .ops import GpuOperations
+
+        return GpuOperations(batch)
+    return ReferenceOperations(batch)
 
 
 def missing_to_launch() -> str | None:

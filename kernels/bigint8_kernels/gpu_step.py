@@ -80,7 +80,9 @@ def _linear_16bit(x_TK: Tensor, layers: Sequence[Linear], y_TN: Tensor, gpu: Gpu
         some = columns[start : start + together]
         outputs = sum(len(layer.weight) for layer, _ in some)
         tile = _tile(rows, outputs, features, x_TK.dtype == torch.float32, gpu.processors)
-        int8_gemv_side_by_side(x_TK, [(layer.weight, scale_of(layer), layer.bias) for layer, _ in some], tile, some[0][1])
+        int8_gemv_side_by_side(
+            x_TK, [(layer.weight, scale_of(layer), layer.bias) for layer, _ in some], tile, some[0][1]
+        )
 
 
 def _linear_int8(x_TK: Tensor, layers: Sequence[Linear], y_TN: Tensor, gpu: Gpu) -> None:
@@ -115,9 +117,7 @@ def counters_of(device: torch.device) -> Tensor:
     return _counters[device, stream]
 
 
-def attend(
-    qkv_TN: Tensor, attention: Attention, pool: Tensor, batch: Batch, tiles: Tensor | None, gpu: Gpu
-) -> Tensor:
+def attend(qkv_TN: Tensor, attention: Attention, pool: Tensor, batch: Batch, tiles: Tensor | None, gpu: Gpu) -> Tensor:
     """`reference_step` of the attention of a step: writes keys and values to the pool; (T, heads * D) in X's dtype.
 
     `tiles` are those of the rows of prompts (`triton_attention.row_tiles`), None without such rows. A step of as many sequences as rows, all of generated tokens, has one row of each: one launch does it all.

@@ -138,6 +138,67 @@ def sum_of(typingctx, totals):
 
 
 @intrinsic
+def sums_of(typingctx, a, b, c, d, e, f, g, h):
+    """The sums of all lanes of LANES vectors, side by side: the additions of `sum_of`, all at once."""
+
+    def codegen(context, builder, signature, args):
+        vectors, width = list(args), LANES
+        while width > 1:  # a vector holds rows of `width` lanes; the two halves of each row of two vectors are added
+            half, joined = width // 2, []
+            for first, second in zip(vectors[::2], vectors[1::2], strict=True):
+                rows = range(0, 2 * LANES, width)
+                low, high = ([row + place + i for row in rows for i in range(half)] for place in (0, half))
+                parts = (
+                    builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_INT32, LANES), places))
+                    for places in (low, high)
+                )
+                joined.append(builder.fadd(*parts))
+            vectors, width = joined, half
+        return vectors[0]
+
+    return FLOATS(*(FLOATS,) * LANES), codegen
+
+
+def _binary(operation: str):
+    @intrinsic
+    def combine(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            return getattr(builder, operation)(*args)
+
+        return FLOATS(FLOATS, FLOATS), codegen
+
+    return combine
+
+
+multiply_floats, add_floats = _binary("fmul"), _binary("fadd")
+"""a * b and a + b, lane by lane."""
+
+
+@intrinsic
+def halves(typingctx, a, b):
+    """A vector of float32 whose lower half is a and whose upper half is b."""
+
+    def codegen(context, builder, signature, args):
+        pair = ir.Constant(ir.VectorType(_FLOAT, 2), ir.Undefined)
+        for i, value in enumerate(args):
+            pair = builder.insert_element(pair, value, _INT32(i))
+        places = [0] * (LANES // 2) + [1] * (LANES // 2)
+        return builder.shuffle_vector(pair, pair, ir.Constant(ir.VectorType(_INT32, LANES), places))
+
+    return FLOATS(types.float32, types.float32), codegen
+
+
+@intrinsic
+def lane(typingctx, vector, index):
+    """A lane of a vector of float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.extract_element(args[0], builder.trunc(args[1], _INT32))
+
+    return types.float32(FLOATS, types.intp), codegen
+
+
+@intrinsic
 def prefetch(typingctx, pointer, index):
     """Ask for the cache line at an index of an int8 pointer, which will be read soon; it may lie outside the array."""
 

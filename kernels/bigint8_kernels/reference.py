@@ -126,11 +126,16 @@ def int8_linear_by_token(
 ) -> Tensor:
     """LLM.int8() decided for each token by itself: its outliers are single values of its own row, not whole columns.
 
-    So a token's result does not depend on which others run with it. Each value of X with |x| >= threshold is multiplied
-    as it is, the rest of the row in int8 with a scale of its own. Returns (T, N) as `int8_linear`.
+    So a token's result does not depend on which others run with it. Each value of X with |x| >= threshold * RMS of its
+    row is multiplied as it is, the rest of the row in int8 with a scale of its own. Without other tokens to show which
+    columns are large, an absolute threshold would leave values just below it in int8; relative to the row it does not.
+    Returns (T, N) as `int8_linear`.
     """
     w_NK = weight_NK.double()
-    outliers_TK = x_TK.abs().float() >= threshold if threshold > 0 else torch.zeros_like(x_TK, dtype=torch.bool)
+    outliers_TK = torch.zeros_like(x_TK, dtype=torch.bool)
+    if threshold > 0:
+        least_T1 = threshold * x_TK.float().square().mean(1, keepdim=True).sqrt()
+        outliers_TK = (x_TK.abs().float() >= least_T1) & (least_T1 > 0)
     q_TK, x_scale_T = quantize_rows(torch.where(outliers_TK, 0.0, x_TK.float()))
     y_TN = (q_TK.double() @ w_NK.T) * x_scale_T.double()[:, None] * scale_N.double()
     y_TN += torch.where(outliers_TK, x_TK.double(), 0.0) @ w_NK.T * scale_N.double()

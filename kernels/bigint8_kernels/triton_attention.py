@@ -145,7 +145,7 @@ def attend_tokens_kernel(
     if part >= used:
         return
     if own_page < 0:
-        tl.store(y_at, tl.zeros((BLOCK_G, BLOCK_D), y.dtype.element_ty), mask=inside & (part == 0))
+        tl.store(y_at, tl.zeros((BLOCK_G, BLOCK_D), y.dtype.element_ty), mask=inside)
         return
     row = qkv + t * row_stride
     cos += t * HALF
@@ -283,9 +283,11 @@ def row_tiles(sequences_T: Tensor, start: int, sequences: int, most_rows: int) -
     """
     rows = sequences_T.shape[0]
     t = torch.arange(start, rows, dtype=torch.int32, device=sequences_T.device)
-    of = sequences_T[start:]
+    of = sequences_T.narrow(0, start, rows - start)  # an index would ask for the GPU of a fake tensor
     begins = (of != of.roll(1)) | ((t - start) % most_rows == 0)
-    tiles = torch.full((triton.cdiv(rows - start, most_rows) + sequences + 1,), rows, dtype=torch.int32, device=t.device)
+    tiles = torch.full(
+        (triton.cdiv(rows - start, most_rows) + sequences + 1,), rows, dtype=torch.int32, device=t.device
+    )
     return tiles.scatter_reduce_(0, begins.cumsum(0) - 1, t, "amin")
 
 

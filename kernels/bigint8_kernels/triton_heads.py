@@ -28,9 +28,9 @@ _PAGE = tl.constexpr(PAGE)
 
 @triton.jit
 def _weighed(value_GD, weight, bias, d, inside, NORM: tl.constexpr):
-    if NORM & _WEIGHTED:
+    if _WEIGHTED & NORM:
         value_GD *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if NORM & _BIASED:
+    if _BIASED & NORM:
         value_GD += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
     return value_GD
 
@@ -50,7 +50,7 @@ def load_heads(
     value = tl.load(at_G[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
     mean, factor = tl.zeros_like(value), tl.zeros_like(value)
     if NORM:
-        if NORM & _CENTERED:
+        if _CENTERED & NORM:
             mean += (tl.sum(value, axis=1) / D)[:, None]
         centered = tl.where(inside, value - mean, 0.0)
         factor += tl.rsqrt(tl.sum(centered * centered, axis=1) / D + epsilon)[:, None]

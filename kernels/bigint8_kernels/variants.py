@@ -131,8 +131,6 @@ def _label_of_k(split: bool, whole: bool) -> str:
     return f"{', K split' if split else ''}{'' if whole else ', K masked'}"
 
 
-
-
 _HEAD_NORM = Norm(None, None, 1e-6, centered=False)
 ATTENTIONS = {
     "64": Attention(12, 12, 64, (0, 64), (768, 64), (1536, 64), 0.125),
