@@ -112,7 +112,7 @@ class _Known:
 
     def holds(self, model: Any) -> bool:
         """Whether the model's tensors are still those."""
-        return self._addresses == _addresses(model)
+        return bool(self._addresses == _addresses(model))
 
 
 def _addresses(model: Any) -> list[int]:

@@ -106,7 +106,8 @@ def draw(trace: Trace, stages: Sequence[Sequence[Span]]) -> None:
             if span.name in ("hop", "ring"):
                 hop = span
             elif span.name != "wait":
-                trace.span(row, f"{span.name} {span.number}", span.start_ns, span.end_ns)
+                args = None if hop is None else {"hop ms": (hop.end_ns - hop.start_ns) / 1e6}
+                trace.span(row, f"{span.name} {span.number}", span.start_ns, span.end_ns, args)
                 if hop is not None:
                     sender = rows[-1] if hop.name == "ring" else rows[index - 1] if index else DRIVER
                     trace.arrow(f"step {hop.number}", sender, hop.start_ns, row, span.start_ns)
