@@ -49,7 +49,7 @@ class ModelPipeline:
     ) -> None:
         """Plan for `gpus` devices of this machine, all GPUs or one CPU by default, or of a Ray cluster.
 
-        trace: a file for what is loaded and computed when, written when this is closed; https://ui.perfetto.dev opens it
+        trace: a file of what is loaded and computed when, written by `close`; https://ui.perfetto.dev opens it
         slots: how many steps are under way at once, one more than there are stages by default
 
         Raises PlanError when the model does not fit, BigInt8Error and WorkerError where the devices are not there.
