@@ -175,7 +175,7 @@ class PretendCuda:
                 if isinstance(tensor, PretendTensor) and all(tensor is not t for t in given):
                     self._access(tensor, on, on.clock, True, str(func))
             from_host = any(not isinstance(t, PretendTensor) and t.ndim for t in given)
-            to_host = not any(isinstance(t, PretendTensor) for t in results)
+            to_host = result is not None and not any(isinstance(t, PretendTensor) for t in results)
             if (from_host or to_host) and not kwargs.get("non_blocking"):
                 _learn(self.host(), on.clock)
 

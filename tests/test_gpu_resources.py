@@ -25,7 +25,8 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     pairs = {(found["variant"]["kernel"], found["variant"]["capability"]) for found in compiled}
     kernels = {
         "quantize_rows", "mark_outliers", "quantize_activations", "int8_matmul", "gather_columns",
-        "finish_matmul", "int8_gemv", "add_parts",
+        "finish_matmul", "int8_gemv", "add_parts", "add_norm", "activate", "rotate_write", "attend_tokens",
+        "attend_rows",
     }  # fmt: skip
     assert pairs == {(kernel, capability) for kernel in kernels for capability in ARCHITECTURES}
 
@@ -61,6 +62,25 @@ def test_rows_are_loaded_and_stored_in_wide_pieces(compiled):
             names = set(found["instructions"])
             assert any(name.startswith("LDG") and ".128" in name for name in names), named(found)
             assert not any(name.startswith("STG") and name.endswith(".U8") for name in names), named(found)
+
+
+def test_keys_and_values_are_loaded_128_bits_at_a_time_and_multiplied_on_tensor_cores(compiled):
+    for found in compiled:
+        if found["variant"]["kernel"].startswith("attend"):
+            names = set(found["instructions"])
+            assert any(re.match(r"LDG(STS)?\b.*\.128", name) for name in names), named(found)
+            assert not any(re.match(r"LDG.*\.U8", name) for name in names), named(found)
+            assert bool(found["products"]) == (found["variant"]["dtype"] != "fp32"), named(found)
+
+
+def test_parts_of_a_context_are_added_behind_a_fence_and_past_the_l1_cache(compiled):
+    """Before a program counts itself as done, all it wrote is visible; what others wrote is not read from L1."""
+    for found in compiled:
+        if found["variant"]["kernel"] == "attend_tokens":
+            names = set(found["instructions"])
+            assert any(name.startswith("MEMBAR") and name.endswith("GPU") for name in names), named(found)
+            assert any(name.startswith("ATOMG") and "GPU" in name for name in names), named(found)
+            assert any(name.startswith("LDG") and "STRONG.GPU" in name for name in names), named(found)
 
 
 def test_int8_becomes_float_without_conversion_instructions(compiled):

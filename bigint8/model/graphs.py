@@ -7,13 +7,14 @@ starts all of them at once. It reads its inputs from fixed places, so a step's i
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bigint8_kernels.step import Batch
 from torch import Tensor
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-"""Rows of the steps that are captured. A step takes the next larger bucket, and fills it with rows that are no token."""
+"""Rows of the steps that are captured. A step takes the next larger bucket, filled with rows that are no token."""
 
 WARM_UPS = 3
 """Runs before a capture, as PyTorch's notes on CUDA graphs ask for: they compile, and allocate what stays."""
@@ -34,8 +35,8 @@ class Shape:
 
     def input_bytes(self, rows: int) -> int:
         """Bytes of the fixed inputs of graphs for up to so many rows, before any is allocated."""
-        row = self.hidden * self.dtype.itemsize + 4 * (4 + sum(self.table_widths)) + 4 * self.rotated
-        return rows * row
+        integers = 5 + sum(self.table_widths)  # place and sequence, these of a row that is no token, and its page
+        return rows * (self.hidden * self.dtype.itemsize + 4 * integers + 4 * self.rotated)
 
 
 class _Inputs:
@@ -91,7 +92,7 @@ class Graphs:
         """Bytes of the fixed inputs, whether they are allocated yet or not."""
         return self._shape.input_bytes(self._buckets[-1])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def capture(self) -> None:
         """Run the step of each bucket with rows that are no tokens, then capture it. All graphs share one memory pool.
 
@@ -116,7 +117,7 @@ class Graphs:
                 self._captured[bucket] = graph, out_BH
             self.pool_bytes = torch.cuda.memory_reserved(self._device) - before
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, x_TH: Tensor, batch: Batch) -> Tensor:
         """One step. The result is good until the next one. Waits for nothing."""
         bucket = self._bucket_of(batch)
@@ -129,7 +130,7 @@ class Graphs:
 
     def _bucket_of(self, batch: Batch) -> int | None:
         """The smallest bucket that holds a step; None for one with rows of prompts, or several rows of a sequence."""
-        if not batch.few == batch.rows or any(len(table) != batch.rows for table in batch.tables):
+        if batch.few != batch.rows or any(len(table) != batch.rows for table in batch.tables):
             return None
         widths = zip(batch.tables, self._shape.table_widths, strict=True)
         if any(table.shape[1] > width for table, width in widths):
@@ -140,8 +141,6 @@ class Graphs:
         return [bucket for bucket in self._buckets if bucket in self._captured]
 
 
-def _capturing(
-    graph: torch.cuda.CUDAGraph, pool: tuple[int, int], side: torch.cuda.Stream
-) -> AbstractContextManager[None]:
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, side: torch.cuda.Stream) -> AbstractContextManager[None]:
     """Other threads may go on to allocate: a stage receives its next step meanwhile."""
     return torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local")

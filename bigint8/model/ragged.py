@@ -86,9 +86,10 @@ class Pools:
     def copy(self, copies: Ints) -> None:
         """Copy pages, (C, 3): group, from, to. All are read before any is written."""
         for group, pool in enumerate(self._groups):
-            here = on_device(copies[copies[:, 0] == group], pool.device).long()
-            if len(here) and len(pool):
-                pool[:, here[:, 2]] = pool[:, here[:, 1]]
+            here = copies[copies[:, 0] == group]
+            if len(here) and len(pool):  # in most steps nothing is copied, and nothing is sent to the device
+                pages = on_device(here[:, 1:], pool.device).long()
+                pool[:, pages[:, 1]] = pool[:, pages[:, 0]]
 
     @property
     def nbytes(self) -> int:

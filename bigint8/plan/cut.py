@@ -49,8 +49,12 @@ def make_plan(spec: ModelSpec, devices: Sequence[Device], workload: Workload) ->
 
 
 def fewest_devices(spec: ModelSpec, device: Device, workload: Workload) -> int:
-    """How many devices like this one the model needs at least. Raises PlanError if no number is enough."""
-    return len(fill_in_order(spec, [device] * len(spec.known_layout.blocks), workload).stages)
+    """How many devices like this one the model needs at least, with an int8 head if the settings leave that open.
+
+    Raises PlanError if no number is enough.
+    """
+    smallest = spec.with_int8_head() or spec
+    return len(fill_in_order(smallest, [device] * len(spec.known_layout.blocks), workload).stages)
 
 
 def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload, fast: int | None = None) -> Plan:

@@ -36,16 +36,21 @@ def with_pages(model: Any, trace: Trace | None = None) -> Any:
 
     It then has an `engine`, which runs many requests at once, and ends with the model.
     """
-    family = find_family(model.config.model_type)
-    stages = None if family is None else _stages(model, family, model.plan)
-    if stages is None:
-        model.engine = None
+    model.engine = engine = engine_of(model, model.plan, trace)
+    if engine is None:
         return model
-    engine = Engine.of(model.plan, LocalStages(_run_through(stages)), trace)
     weakref.finalize(model, engine.close)
-    model.engine, model._known = engine, _Known(model)
+    model._known = _Known(model)
     model.__class__ = _paged_class(type(model))  # type: ignore[arg-type]
     return model
+
+
+def engine_of(model: Any, plan: Plan, trace: Trace | None = None) -> Engine | None:
+    """An engine for a model that is whole in this process, with keys and values of its own; None for one that has to
+    run through its own modules. It does not keep the model."""
+    family = find_family(model.config.model_type)
+    stages = None if family is None else _stages(model, family, plan)
+    return None if stages is None else Engine.of(plan, LocalStages(_run_through(stages)), trace)
 
 
 def _stages(model: Any, family: Family, plan: Plan) -> list[tuple[FusedStage, bool]] | None:
@@ -107,7 +112,7 @@ class _Known:
 
     def holds(self, model: Any) -> bool:
         """Whether the model's tensors are still those."""
-        return self._addresses == _addresses(model)
+        return bool(self._addresses == _addresses(model))
 
 
 def _addresses(model: Any) -> list[int]:

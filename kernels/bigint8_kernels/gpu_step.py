@@ -120,7 +120,8 @@ def counters_of(device: torch.device) -> Tensor:
 def attend(qkv_TN: Tensor, attention: Attention, pool: Tensor, batch: Batch, tiles: Tensor | None, gpu: Gpu) -> Tensor:
     """`reference_step` of the attention of a step: writes keys and values to the pool; (T, heads * D) in X's dtype.
 
-    `tiles` are those of the rows of prompts (`triton_attention.row_tiles`), None without such rows. A step of as many sequences as rows, all of generated tokens, has one row of each: one launch does it all.
+    `tiles` are those of the rows of prompts (`triton_attention.row_tiles`), None without such rows. A step of
+    as many sequences as rows, all of generated tokens, has one row of each: one launch does it all.
     """
     rows, few = batch.rows, batch.few
     out_TN = torch.empty(rows, attention.heads * attention.head_dim, dtype=qkv_TN.dtype, device=qkv_TN.device)

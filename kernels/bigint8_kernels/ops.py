@@ -7,7 +7,7 @@ can be captured in a CUDA graph, once it ran before (`prepare`).
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,8 +79,8 @@ def _int8_linears(
 
 
 _define(
-    "int8_linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, float[] thresholds, str[] activations, "
-    "int few) -> Tensor",
+    "int8_linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, float[] thresholds, "
+    "str[] activations, int few) -> Tensor",
     _int8_linears,
     lambda x, weights, *_: x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights)),
 )
@@ -165,8 +165,8 @@ class GpuOperations:
             return x_TH if delta_TH is None else x_TH.add_(delta_TH)
         how = norm.weight, norm.bias, norm.epsilon, norm.centered
         if delta_TH is None:
-            return torch.ops.bigint8.norm(x_TH, *how)
-        return torch.ops.bigint8.add_norm(x_TH, delta_TH, *how)
+            return cast(Tensor, torch.ops.bigint8.norm(x_TH, *how))
+        return cast(Tensor, torch.ops.bigint8.add_norm(x_TH, delta_TH, *how))
 
     def linear(self, x_TK: Tensor, layers: Sequence[Linear], out: str) -> Tensor:
         int8 = [layer for layer in layers if layer.scale is not None]
@@ -176,14 +176,17 @@ class GpuOperations:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _int8(self, x_TK: Tensor, layers: Sequence[Linear]) -> Tensor:
-        return torch.ops.bigint8.int8_linears(
-            x_TK,
-            [layer.weight for layer in layers],
-            [layer.scale for layer in layers],
-            [layer.bias for layer in layers],
-            [float(layer.threshold) for layer in layers],
-            [layer.activations for layer in layers],
-            self.batch.few,
+        return cast(
+            Tensor,
+            torch.ops.bigint8.int8_linears(
+                x_TK,
+                [layer.weight for layer in layers],
+                [layer.scale for layer in layers],
+                [layer.bias for layer in layers],
+                [float(layer.threshold) for layer in layers],
+                [layer.activations for layer in layers],
+                self.batch.few,
+            ),
         )
 
     def attend(self, qkv_TN: Tensor, attention: Attention, pool: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ class GpuOperations:
         angles = [batch.cos_TR, batch.sin_TR]
         tiles = self._tiles_of(rows_of_a_tile(is_wide(qkv_TN, pool)))
         given = (angles, tensors, slopes, tiles, numbers, reals, batch.few)
-        return torch.ops.bigint8.attend(qkv_TN, pool, *where, *given)
+        return cast(Tensor, torch.ops.bigint8.attend(qkv_TN, pool, *where, *given))
 
     def _tiles_of(self, rows: int) -> Tensor | None:
         """The tiles of the rows of prompts, which are the same in all blocks."""
@@ -205,7 +208,7 @@ class GpuOperations:
         return self._tiles[rows]
 
     def activate(self, x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
-        return torch.ops.bigint8.activate(x_TN, activation, gated)
+        return cast(Tensor, torch.ops.bigint8.activate(x_TN, activation, gated))
 
 
 def _float_linear(x_TK: Tensor, layer: Linear) -> Tensor:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The activation of the feed-forward part on the GPU, with the product of a gated one, in one launch.
 
     y[f] = activation(x[f])        gated: y[f] = activation(x[f]) * x[F + f]

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Attention over the pages of a pool on the GPU: generated tokens, one row of a sequence each, and rows of prompts.
 
     score[p] = scale * q . k[p] + slope * (p - place)      out = sum_p softmax(score)[p] v[p]
@@ -81,6 +82,31 @@ def _attend_pages(
 
 
 @triton.jit
+def _no_keys(BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The online softmax before the first key: the highest score, the sum, the weighted values."""
+    highest_G = tl.full((BLOCK_G,), _LOWEST, tl.float32)
+    return highest_G, tl.zeros((BLOCK_G,), tl.float32), tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+
+
+@triton.jit
+def _one_key(q_GD, key_D, value_D, acc_GD, score_scale):
+    """The online softmax after the first key, the row's own: its distance is 0, so alibi adds nothing."""
+    score_G = tl.sum(q_GD.to(tl.float32) * key_D.to(tl.float32)[None, :], axis=1) * score_scale
+    return score_G, tl.zeros_like(score_G) + 1.0, acc_GD + value_D.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _part_of(first, end, part, most_parts, PAGES: tl.constexpr):
+    """The pages [begin, stop) of a part of the places [first, end), and how many parts these are in: at least one."""
+    first_page, last_page = first // _PAGE, tl.cdiv(end, _PAGE)
+    length = tl.maximum(tl.cdiv(last_page - first_page, most_parts), _PART_PAGES)
+    length = tl.cdiv(length, PAGES) * PAGES
+    begin = first_page + part * length
+    used = tl.maximum(1, tl.cdiv(last_page - first_page, length))
+    return begin, tl.minimum(begin + length, last_page), used
+
+
+@triton.jit
 def _leave_part(part_values, part_sums, part, g, highest_G, total_G, acc_GD, D: tl.constexpr, GROUP: tl.constexpr,
                 BLOCK_D: tl.constexpr):  # fmt: skip
     """What a part of the context gives, to `part_values` float32 (..., G, D) and `part_sums` (..., 2, G)."""
@@ -97,9 +123,7 @@ def _add_parts(part_values, part_sums, first, used, g, D: tl.constexpr, GROUP: t
     """The sum and the weighted values of so many parts, in their order. Another SM wrote them: past the L1 cache."""
     d = tl.arange(0, BLOCK_D)
     inside = (g < GROUP)[:, None] & (d < D)[None, :]
-    highest_G = tl.full((BLOCK_G,), _LOWEST, tl.float32)
-    total_G = tl.zeros((BLOCK_G,), tl.float32)
-    acc_GD = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    highest_G, total_G, acc_GD = _no_keys(BLOCK_G, BLOCK_D)
     for part in range(first, first + used):
         at = part_sums + part * 2 * GROUP + g
         theirs_G = tl.load(at, mask=g < GROUP, other=_LOWEST, cache_modifier=".cg")
@@ -126,7 +150,8 @@ def attend_tokens_kernel(
     """`y` (T, heads * D) of one row and key head, or its share, where the context is in parts (SPLIT).
 
     WRITE: `qkv` has queries, keys and values as the layer gave them, and the own key and value go to the pool;
-    otherwise it has the finished queries, and the pool all keys. `counters` int32 (T, key heads) are 0 before and after.
+    otherwise it has the finished queries, and the pool all keys. `counters` int32 (T, key heads) are 0 before and
+    after.
     """
     t, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -136,45 +161,34 @@ def attend_tokens_kernel(
     head_G = kv_head * GROUP + g
     inside = (g < GROUP)[:, None] & (d < D)[None, :]
     y_at = y + (t * tl.num_programs(1) * GROUP + head_G)[:, None] * D + d[None, :]
-    first = tl.maximum(0, place + 1 - window)
-    end = place if WRITE else place + 1
-    first_page, last_page = first // _PAGE, tl.cdiv(end, _PAGE)
-    length = tl.maximum(tl.cdiv(last_page - first_page, most_parts), _PART_PAGES)
-    length = tl.cdiv(length, PAGES) * PAGES
-    used = tl.maximum(1, tl.cdiv(last_page - first_page, length))
+    first, end = tl.maximum(0, place + 1 - window), place if WRITE else place + 1
+    begin, stop, used = _part_of(first, end, part, most_parts, PAGES)
     if part >= used:
         return
     if own_page < 0:
         tl.store(y_at, tl.zeros((BLOCK_G, BLOCK_D), y.dtype.element_ty), mask=inside)
         return
-    row = qkv + t * row_stride
-    cos += t * HALF
-    sin += t * HALF
+    row, cos, sin = qkv + t * row_stride, cos + t * HALF, sin + t * HALF
     same: tl.constexpr = qkv.dtype.element_ty == pool.dtype.element_ty
     dtype: tl.constexpr = qkv.dtype.element_ty if same else tl.float32
     q_GD = load_heads(row + q_offset + head_G * q_stride, g < GROUP, q_weight, q_bias, q_epsilon, cos, sin, D, BLOCK_D,
                       HALF, Q_NORM).to(dtype)  # fmt: skip
-    highest_G = tl.full((BLOCK_G,), _LOWEST, tl.float32)
-    total_G = tl.zeros((BLOCK_G,), tl.float32)
-    acc_GD = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    if WRITE:
+    highest_G, total_G, acc_GD = _no_keys(BLOCK_G, BLOCK_D)
+    if WRITE:  # noqa: SIM102  (known when the kernel is compiled, the next one when it runs)
         if part == 0:
             key, value = own_token(row, kv_head, k_weight, k_bias, k_epsilon, cos, sin, k_offset, k_stride, v_offset,
                                    v_stride, D, BLOCK_D, HALF, K_NORM)  # fmt: skip
-            write_token(key, value, pool, own_page, place, kv_head, page_values, kv_values, D, BLOCK_D)
             key, value = key.to(pool.dtype.element_ty), value.to(pool.dtype.element_ty)
-            score_G = tl.sum(q_GD.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * score_scale
-            highest_G, total_G = score_G, total_G + 1.0
-            acc_GD += value.to(tl.float32)[None, :]
+            write_token(key, value, pool, own_page, place, kv_head, page_values, kv_values, D, BLOCK_D)
+            highest_G, total_G, acc_GD = _one_key(q_GD, key, value, acc_GD, score_scale)
     slope_G = tl.load(slopes + head_G, mask=g < GROUP, other=0.0) if ALIBI else highest_G
     place_G = tl.zeros((BLOCK_G,), tl.int32) + place
-    begin = first_page + part * length
     highest_G, total_G, acc_GD = _attend_pages(
         q_GD, slope_G, place_G, place_G - place + first, place_G - place + end, highest_G, total_G, acc_GD,
-        pool + kv_head * D * _PAGE, table, begin, tl.minimum(begin + length, last_page), end, score_scale, page_values,
-        kv_values, D, BLOCK_D, PAGES, ALIBI,
+        pool + kv_head * D * _PAGE, table, begin, stop, end, score_scale, page_values, kv_values,
+        D, BLOCK_D, PAGES, ALIBI,
     )  # fmt: skip
-    if SPLIT:
+    if SPLIT:  # noqa: SIM102
         if used > 1:
             counter = counters + t * tl.num_programs(1) + kv_head
             base = (t * tl.num_programs(1) + kv_head) * most_parts
@@ -210,15 +224,14 @@ def attend_rows_kernel(
     same: tl.constexpr = queries.dtype.element_ty == pool.dtype.element_ty
     dtype: tl.constexpr = queries.dtype.element_ty if same else tl.float32
     q_GD = tl.load(queries + at, mask=inside, other=0.0).to(dtype)
-    highest_G = tl.full((BLOCK_G,), _LOWEST, tl.float32)
-    total_G = tl.zeros((BLOCK_G,), tl.float32)
-    acc_GD = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    highest_G, total_G, acc_GD = _no_keys(BLOCK_G, BLOCK_D)
     slope_G = tl.load(slopes + head) + total_G if ALIBI else total_G
     first_G, end_G = tl.maximum(0, place_G + 1 - window), tl.where(token_G, place_G + 1, 0)
     first, last = tl.min(tl.where(token_G, first_G, 2147483647)), tl.max(end_G)
     highest_G, total_G, acc_GD = _attend_pages(
         q_GD, slope_G, place_G, first_G, end_G, highest_G, total_G, acc_GD, pool + (head // GROUP) * D * _PAGE,
-        table, first // _PAGE, tl.cdiv(last, _PAGE), last, score_scale, page_values, kv_values, D, BLOCK_D, PAGES, ALIBI,
+        table, first // _PAGE, tl.cdiv(last, _PAGE), last, score_scale, page_values, kv_values, D, BLOCK_D, PAGES,
+        ALIBI,
     )  # fmt: skip
     total_G = tl.where(token_G, total_G, 1.0)
     tl.store(y + at, (acc_GD / total_G[:, None]).to(y.dtype.element_ty), mask=inside)
@@ -233,7 +246,7 @@ def parts_of(rows: int, attention: Attention, table_pages: int, processors: int)
     programs = rows * attention.kv_heads
     if programs > MOST_COUNTERS:
         return 1
-    return max(1, min(MOST_PARTS, table_pages // PART_PAGES, triton.cdiv(2 * processors, programs)))
+    return max(1, min(MOST_PARTS, table_pages // PART_PAGES, -(-2 * processors // programs)))
 
 
 def is_wide(rows: Tensor, pool: Tensor) -> bool:
@@ -243,12 +256,11 @@ def is_wide(rows: Tensor, pool: Tensor) -> bool:
 
 def tile_of(head_dim: int, wide: bool, of_rows: bool) -> dict[str, int]:
     """Pages of a step, warps and stages of a program that attends: as many as registers and shared memory hold."""
-    pages = 4 if head_dim <= 64 or not (wide or of_rows or head_dim > 128) else 2
-    return {
-        "PAGES": 1 if wide and head_dim > 128 else pages,
-        "num_warps": 4 if head_dim <= 128 else 8,
-        "num_stages": 2,
-    }
+    if wide:
+        pages = 1 if head_dim > 64 else 2
+    else:
+        pages = 2 if head_dim > (64 if of_rows else 128) else 4
+    return {"PAGES": pages, "num_warps": 4 if head_dim <= 128 else 8, "num_stages": 2}
 
 
 def attend_tokens(
@@ -266,8 +278,8 @@ def attend_tokens(
     attend_tokens_kernel[rows, attention.kv_heads, parts](
         qkv_TN, pool, out_TN, places_T, sequences_T, table, *head_tensors(attention, cos_TR, sin_TR, qkv_TN), slopes,
         part_values, part_sums, counters, *head_numbers(qkv_TN, pool, table, attention), attention.scale,
-        attention.window or ALL_PLACES, parts, **head_blocks(attention), ALIBI=attention.slopes is not None, WRITE=write,
-        SPLIT=parts > 1, **tile_of(attention.head_dim, wide, False), **FUSED,
+        attention.window or ALL_PLACES, parts, **head_blocks(attention), ALIBI=attention.slopes is not None,
+        WRITE=write, SPLIT=parts > 1, **tile_of(attention.head_dim, wide, False), **FUSED,
     )  # fmt: skip
 
 

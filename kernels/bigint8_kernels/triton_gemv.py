@@ -57,7 +57,7 @@ def int8_gemv_kernel(
 ):  # fmt: skip
     """A tile of Y, or where `split` > 1 its share of the sums, to `parts` float32 (split, T, N).
 
-    `x` (T, K), `w` int8 (N, K); `y` (T, N) has the outputs of up to three layers side by side. BLOCK_T is 1 for a single
+    `x` (T, K), `w` int8 (N, K); `y` (T, N) has the outputs of up to three layers side by side. BLOCK_T is 1 for one
     row. What is left of K when it is no multiple of BLOCK_K is a step of its own.
     """
     tile = tl.program_id(0)

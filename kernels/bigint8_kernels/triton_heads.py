@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Queries, keys and values of a step's rows on the GPU: head norms, rotary positions, and the write to the pool.
 
     normed[d] = h[d] / sqrt(mean(h^2) + epsilon) * weight[d] + bias[d]          (centered: of h - mean(h))

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The residual stream and its norm on the GPU, in one launch: `x += delta`, then RMS norm or layer norm of x.
 
     RMS norm:    y[h] = x[h] / sqrt(mean(x^2) + epsilon) * weight[h] + bias[h]
