@@ -54,11 +54,11 @@ class LlamaStack:
         """Rows of sequences with (tokens before, rows), of which the first `few` are generated."""
         places = [before + i for before, rows in counts for i in range(rows)]
         sequences = [s for s, (_, rows) in enumerate(counts) for _ in range(rows)]
-        ints = [torch.tensor(each, dtype=torch.int32, device=self.device) for each in (places, sequences)]
+        place, sequence = (torch.tensor(each, dtype=torch.int32, device=self.device) for each in (places, sequences))
         pages = torch.arange(len(self.pools[0]) // len(counts) * len(counts), dtype=torch.int32, device=self.device)
         x = torch.randn(len(places), self.hidden, device=self.device).half()
         cos, sin = torch.randn(2, len(places), self.width // 2, device=self.device).unbind()
-        return x, Batch(*ints, (pages.view(len(counts), -1),), few, cos, sin)
+        return x, Batch(place, sequence, (pages.view(len(counts), -1),), few, cos, sin)
 
     def run(self, x: Tensor, batch: Batch, reference_instead: bool = False) -> Tensor:
         """All blocks, with the kernels of the device or in plain torch."""
@@ -110,10 +110,10 @@ def attention_speed(device: torch.device, context: int) -> str:
     width, heads = 128, 32
     attention = Attention(heads, heads, width, (0, width), (heads * width, width), (2 * heads * width, width), 0.1)
     pool = torch.zeros(pool_shape(context // PAGE + 1, attention), dtype=torch.float16, device=device)
-    ints = [torch.tensor([value], dtype=torch.int32, device=device) for value in (context, 0)]
+    place, sequence = (torch.tensor([value], dtype=torch.int32, device=device) for value in (context, 0))
     table = torch.arange(len(pool), dtype=torch.int32, device=device)[None]
     qkv = torch.randn(1, 3 * heads * width, device=device).half()
-    ops = operations(Batch(*ints, (table,), 1))
+    ops = operations(Batch(place, sequence, (table,), 1))
     seconds = seconds_of(lambda: ops.attend(qkv, attention, pool), device)
     return f"{seconds * 1e3:.3f} ms, {pool.nbytes / seconds / 1e9:.0f} GB/s"
 
