@@ -7,7 +7,6 @@ judge: machines differ.
 import importlib
 import importlib.util
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,16 @@ from torch import Tensor
 
 from .checkpoint.headers import TensorInfo
 from .errors import in_one_line
+from .examine_steps import (
+    CONTEXTS,
+    REPEATS,
+    STACK,
+    STEP_CONTEXT,
+    attention_speed,
+    check_step,
+    seconds_of,
+    step_speed,
+)
 from .load.stream import RowStream
 
 LAYERS = {"opt-6.7b fc1": (16384, 4096), "tinyllama-1.1b down_proj": (2048, 5632)}
@@ -40,7 +49,6 @@ TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.01, torch.float32: 1e-4}
 SLICE_ROWS = 2048
 """Outputs whose weights the reference holds in float64 at once."""
 
-REPEATS = 5
 COPY_BYTES = 2**28
 
 
@@ -69,6 +77,8 @@ def examine(devices: Iterable[str], folder: Path) -> Iterator[Finding]:
         if name.startswith("cuda"):
             for what, measure in copies(name, [other for other in names if other != name]):
                 yield _measured(name, what, measure)
+    if not any(name.startswith("cuda") for name in names):
+        yield Finding("cuda", "steps with and without graphs, attention", "unmeasured: there is no GPU here")
     yield _measured("disk", f"read past the file cache, {folder}", lambda: disk_speed(folder))
 
 
@@ -106,6 +116,8 @@ def kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str 
                 what = f"int8_linear, {activations}, {str(dtype).removeprefix('torch.')}, {layer}"
                 yield what, partial(check_linear, weight, dtype, activations)
     yield "float_linear, float16 weights", partial(check_float_linear, device)
+    if device.type == "cuda":
+        yield "a step of Llama's blocks", partial(check_step, device)
 
 
 def check_quantize_rows(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -192,19 +204,28 @@ def measurements(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]
     yield f"quantize_rows, {layer} from float16", partial(quantize_speed, device, shape)
     for rows in (1, 256):
         yield f"{rows} row{'s' * (rows > 1)} times {layer}", partial(linear_speed, device, shape, rows)
+    if device.type == "cuda":
+        for rows in (1, 8):
+            what = f"step of {STACK} small Llama blocks, {rows} token{'s' * (rows > 1)} after {STEP_CONTEXT}"
+            yield what, partial(step_speed, device, rows)
+        for context in CONTEXTS:
+            yield (
+                f"attention of a token to {context} others, 32 heads of 128",
+                partial(attention_speed, device, context),
+            )
 
 
 def read_speed(device: torch.device) -> float:
     """GB/s at which torch adds up 1 GB."""
     numbers = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
-    return numbers.nbytes / _seconds(lambda: numbers.sum(), device) / 1e9
+    return numbers.nbytes / seconds_of(lambda: numbers.sum(), device) / 1e9
 
 
 def quantize_speed(device: torch.device, shape: tuple[int, int]) -> str:
     source = torch.randn(min(shape[0], 8192), shape[1], dtype=torch.float16, device=device)
     out = torch.empty(source.shape, dtype=torch.int8, device=device)
     scale = torch.empty(len(source), device=device)
-    return f"{source.nbytes / _seconds(lambda: quantize_rows(source, out, scale), device) / 1e9:.1f} GB/s of float16"
+    return f"{source.nbytes / seconds_of(lambda: quantize_rows(source, out, scale), device) / 1e9:.1f} GB/s of float16"
 
 
 def linear_speed(device: torch.device, shape: tuple[int, int], rows: int) -> str:
@@ -212,27 +233,27 @@ def linear_speed(device: torch.device, shape: tuple[int, int], rows: int) -> str
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     x = torch.randn(rows, shape[1], device=device, dtype=dtype)
     weight, scale = _RandomLayer(shape, device).tensors()
-    ours = _seconds(lambda: int8_linear(x, weight, scale), device)
+    ours = seconds_of(lambda: int8_linear(x, weight, scale), device)
     work = f"{weight.nbytes / ours / 1e9:.1f} GB/s"
     if rows > 1:
         work = f"{2 * rows * weight.numel() / ours / 1e12:.2f} TOP/s"
     wide = weight.to(dtype)
-    theirs = _seconds(lambda: x @ wide.T, device)
+    theirs = seconds_of(lambda: x @ wide.T, device)
     result = f"{ours * 1e3:.2f} ms, {work}; torch {str(dtype).removeprefix('torch.')} {theirs * 1e3:.2f} ms"
     result += f" ({theirs / ours:.1f} x)"
     if importlib.util.find_spec("bitsandbytes") is not None:
-        peer = bitsandbytes_seconds(x, shape, device)
+        peer = bitsandbytesseconds_of(x, shape, device)
         result += f"; bitsandbytes {peer * 1e3:.2f} ms ({peer / ours:.1f} x)"
     return result
 
 
-def bitsandbytes_seconds(x: Tensor, shape: tuple[int, int], device: torch.device) -> float:
+def bitsandbytesseconds_of(x: Tensor, shape: tuple[int, int], device: torch.device) -> float:
     """A peer to compare with, where someone has installed it; nothing else here uses it."""
     peer: Any = importlib.import_module("bitsandbytes").nn
     layer = peer.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, threshold=6.0).to(device)
     x = x.to(torch.float16 if device.type == "cuda" else torch.bfloat16)
     with torch.inference_mode():
-        return _seconds(lambda: layer(x), device, repeats=1 if device.type == "cpu" else REPEATS)
+        return seconds_of(lambda: layer(x), device, repeats=1 if device.type == "cpu" else REPEATS)
 
 
 def copies(name: str, others: Iterable[str]) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -243,14 +264,14 @@ def copies(name: str, others: Iterable[str]) -> Iterator[tuple[str, Callable[[],
 
         def from_host(pinned: bool = pinned) -> str:
             source = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=pinned)
-            return f"{COPY_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True), device) / 1e9:.1f} GB/s"
+            return f"{COPY_BYTES / seconds_of(lambda: target.copy_(source, non_blocking=True), device) / 1e9:.1f} GB/s"
 
         yield f"from {kind} host memory", from_host
     for other in others:
 
         def to_gpu(other: str = other) -> str:
             there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=other)
-            return f"{COPY_BYTES / _seconds(lambda: there.copy_(target), device) / 1e9:.1f} GB/s"
+            return f"{COPY_BYTES / seconds_of(lambda: there.copy_(target), device) / 1e9:.1f} GB/s"
 
         yield f"to {other}", to_gpu
 
@@ -269,22 +290,3 @@ def disk_speed(folder: Path) -> str:
         started = time.perf_counter()
         RowStream([tensor], direct=True).run(lambda chunk: None)
         return f"{COPY_BYTES / (time.perf_counter() - started) / 1e9:.2f} GB/s"
-
-
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """The median time of a call, after one that does not count."""
-
-    def once() -> float:
-        _wait(device)
-        started = time.perf_counter()
-        work()
-        _wait(device)
-        return time.perf_counter() - started
-
-    once()
-    return statistics.median(once() for _ in range(repeats))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from bigint8_kernels import cpu, cpu_weights, dispatch
+from bigint8_kernels.ops import GpuOperations
 from commands import assert_refused
 
-from bigint8 import doctor, examine
+from bigint8 import doctor, examine, examine_steps
 
 
 @pytest.fixture
@@ -103,3 +104,17 @@ def test_without_a_gpu_it_says_so_and_cuda_is_an_error(run):
         pytest.skip("there is one")
     assert_refused(run(doctor, "--device", "cuda"), "no CUDA GPU was found")
     assert dispatch.backend_of(torch.device("cpu")) == "cpu"
+
+
+def test_a_step_on_a_gpu_is_held_against_plain_torch(monkeypatch):
+    """Its kernels are interpreted here."""
+    monkeypatch.setattr(examine_steps, "operations", GpuOperations)
+    assert examine_steps.check_step(torch.device("cpu")) is None
+    monkeypatch.setattr(GpuOperations, "activate", lambda self, x, activation, gated: x[:, : x.shape[1] // 2])
+    assert "tokens: off by" in (examine_steps.check_step(torch.device("cpu")) or "")
+
+
+def test_without_a_gpu_it_says_what_was_not_measured(examined):
+    *_, findings = examined()
+    (missing,) = [finding for finding in findings if finding["device"] == "cuda"]
+    assert "graphs" in missing["what"] and missing["result"] == "unmeasured: there is no GPU here"

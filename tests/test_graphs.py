@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bigint8.model.fused import run_block
-from bigint8.model.graphs import Graphs, Shape
+from bigint8.model.graphs import Graphs, Shape, compile_steps
 
 DEVICE = torch.device("cuda", 0)
 SHAPE = Shape(HIDDEN, torch.float16, (4,), WIDTH)
@@ -188,3 +188,18 @@ def test_its_memory_can_be_planned_and_is_known_afterwards(steps):
     tensors = [leaf for each in held_by_inputs for leaf in tree_leaves(each) if isinstance(leaf, Tensor)]
     assert steps.graphs.input_bytes == sum(tensor.nbytes for tensor in tensors) == SHAPE.input_bytes(4)
     assert steps.graphs.pool_bytes == 3000
+
+
+def test_steps_of_prompts_are_compiled_with_rows_that_write_nothing(recorder):
+    torch.manual_seed(0)
+    with pretending():
+        steps = Steps()
+        before, kinds = steps.pool.held.clone(), []
+
+        def run(x: Tensor, batch: Batch) -> Tensor:
+            kinds.append((batch.rows, batch.few))
+            return steps.run(x, batch)
+
+        compile_steps(run, SHAPE, DEVICE, 40)
+        assert kinds == [(16, 0), (32, 0), (40, 0), (40, 1), (40, 2)]
+        assert torch.equal(steps.pool.held, before)

@@ -6,7 +6,7 @@ starts all of them at once. It reads its inputs from fixed places, so a step's i
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,22 @@ class _Inputs:
             copies.append((self._sequences_B[rest], self._own_B[rest]))
             copies += [(table[rest, :1], self._no_page_B1[rest]) for table in self._tables]
         torch._foreach_copy_([to for to, _ in copies], [of for _, of in copies])
+
+
+@torch.no_grad()
+def compile_steps(run: Run, shape: Shape, device: torch.device, most_rows: int) -> None:
+    """Compile and tune what steps with rows of prompts launch, up to `most_rows` rows; `Graphs.capture` does the rest.
+
+    Runs such steps, of rows that are no tokens: they write no keys and values. Each number of rows that has kernels of
+    its own takes one step, and two more have a generated token or two besides.
+    """
+    rounded = [2**i for i in range(4, most_rows.bit_length())]
+    for rows in sorted({*rounded, most_rows}):
+        x_BH, batch = _Inputs(shape, rows, device).first(rows)
+        run(x_BH, replace(batch, few=0))
+    for few in range(1, min(3, most_rows)):
+        x_BH, batch = _Inputs(shape, most_rows, device).first(most_rows)
+        run(x_BH, replace(batch, few=few))
 
 
 class Graphs:

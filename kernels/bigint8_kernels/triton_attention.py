@@ -256,10 +256,8 @@ def is_wide(rows: Tensor, pool: Tensor) -> bool:
 
 def tile_of(head_dim: int, wide: bool, of_rows: bool) -> dict[str, int]:
     """Pages of a step, warps and stages of a program that attends: as many as registers and shared memory hold."""
-    if wide:
-        pages = 1 if head_dim > 64 else 2
-    else:
-        pages = 2 if head_dim > (64 if of_rows else 128) else 4
+    large = head_dim > (64 if of_rows or wide else 128)
+    pages = (1 if large else 2) if wide else (2 if large else 4)
     return {"PAGES": pages, "num_warps": 4 if head_dim <= 128 else 8, "num_stages": 2}
 
 
