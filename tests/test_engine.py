@@ -406,6 +406,33 @@ def test_beginnings_that_nobody_uses_are_forgotten_with_a_lost_stage():
         assert engine.submit([1] * 40, Settings(5)).result(WAIT).tokens == expected
 
 
+@pytest.mark.parametrize("free", [1, 0])
+def test_a_fed_sequence_passes_through_the_pages_that_are_free(free):
+    """Its first places need pages again until it is where it was: with one free page few rows run at once, without
+    any the sequence cannot come back."""
+    groups = [PageGroup(20, 6), PageGroup(20, 6)]
+    stages = SimulatedStages(groups, 2)
+    with Engine(stages, groups, WORK) as engine:
+        fed, other, third = (Fed(engine, groups, 2) for _ in range(3))
+        feed(engine, [(fed, [number % 7 for number in range(100)], list(range(100)), False)])
+        feed(engine, [(fed, [1], [100], True)])
+        feed(engine, [(other, [2] * 34, list(range(34)), False)])
+        if not free:
+            feed(engine, [(third, [2], [0], True)])
+        assert engine.stats().free_pages == (free, free)
+        stages.losses[stages.work] = 1
+        feed(engine, [(other, [3], [34], True)])
+        assert engine.stats().restarts == 1
+        if free:
+            feed(engine, [(fed, [1], [101], True)])
+        else:
+            with pytest.raises(BigInt8Error, match="this sequence was lost"):
+                engine.forward([(fed.sequence, [1], [101], True)], [0])
+        for each in (fed, other, third):
+            engine.drop(each.sequence)
+        assert nothing_left(idle(engine))
+
+
 class Dying(SimulatedStages):
     """Stages of which one dies whenever a result is waited for."""
 

@@ -326,4 +326,5 @@ class Engine:
         with self._lock:
             self._scheduler.tables.forget_idle()  # only what somebody holds was filled again
             for sequence in refill.lost:
+                sequence.lost = True
                 self._scheduler.feeds.drop(sequence)
