@@ -108,14 +108,16 @@ def steps(cache: Path) -> list[dict[str, Any]]:
 
 
 def test_a_block_of_llama_takes_8_launches_for_generated_tokens(steps):
-    """Whether the weights of queries, keys and values lie side by side or not; torch launches nothing besides."""
+    """Whether the weights of queries, keys and values lie side by side or not. torch launches nothing besides, but the
+    very first time, when it makes the counters of contexts in parts."""
     linear = ["int8_gemv_kernel"]
     attention = ["add_norm_kernel", *linear, "attend_tokens_kernel", *linear]
     feed_forward = ["add_norm_kernel", *linear, "activate_kernel", *linear]
     tokens = [step for step in steps if step["step"].endswith(("token", "tokens"))]
     assert len(tokens) == 16
     for step in tokens:
-        assert step["launched"] == attention + feed_forward and step["torch"] == [], named(step)
+        assert step["launched"] == attention + feed_forward, named(step)
+        assert step["torch"] == (["zeros.default"] if step is tokens[0] else []), named(step)
 
 
 def test_a_prompt_writes_its_keys_in_one_launch_and_attends_in_another(steps):

@@ -6,6 +6,7 @@ import importlib
 import threading
 from collections.abc import Iterator
 
+from ..plan.devices import cpu_device, pick_dtype
 from ..plan.spec import ModelSpec
 
 
@@ -38,10 +39,9 @@ def compile_kernels(spec: ModelSpec) -> None:
     import torch
     from bigint8_kernels import compile_cpu_kernels
 
-    stored = [getattr(torch, spec.stored)]
-
     def compile_them() -> None:
         with contextlib.suppress(Exception):  # whoever needs a kernel meets the error again
-            compile_cpu_kernels(stored)
+            dtype = pick_dtype(spec.int8.dtype, spec.stored, [cpu_device()])  # that of the keys and values
+            compile_cpu_kernels([getattr(torch, spec.stored)], [getattr(torch, dtype)])
 
     threading.Thread(target=compile_them, daemon=True).start()

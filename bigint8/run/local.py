@@ -152,8 +152,6 @@ def _paged_class(kind: Any) -> Any:
             if input_ids is not None:
                 args = (input_ids, *args)
             return kind.forward(self, *args, **kwargs)
-        if cache is None and not self._known.holds(self):
-            return kind.forward(self, input_ids, **kwargs)
         kept = paged or kwargs.get("use_cache", self.config.use_cache)
         cache = PagedCache(self.engine) if cache is None else cache
         logits = cache.forward(
@@ -174,8 +172,12 @@ def _paged_class(kind: Any) -> Any:
         model_kwargs["past_key_values"] = PagedCache(self.engine)
         return None
 
+    def getstate(self: Any) -> dict[str, Any]:
+        return {**self.__dict__, "engine": None, "_known": None}  # a copy runs through its own modules
+
     members = {
         "forward": forward,
+        "__getstate__": getstate,
         "_prepare_cache_for_generation": prepare,
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
@@ -185,11 +187,13 @@ def _paged_class(kind: Any) -> Any:
 
 def _can(model: Any) -> bool:
     """Whether the model is as it was loaded, and nobody listens in."""
-    return not model._known.has_new_hooks() and model._known.holds(model)
+    return model.engine is not None and not model._known.has_new_hooks() and model._known.holds(model)
 
 
 def _is_plain(model: Any, ids: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call wants logits of token ids and no more."""
+    """Whether a call wants logits of token ids and no more, of a model that can give them so."""
+    if model.engine is None:
+        return False
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     return (
         isinstance(ids, Tensor)
@@ -201,4 +205,5 @@ def _is_plain(model: Any, ids: Any, kwargs: dict[str, Any]) -> bool:
         and (positions is None or positions.ndim == 2)
         and not (model.config.output_attentions or model.config.output_hidden_states)
         and not model._known.has_new_hooks()
+        and (kwargs.get("past_key_values") is not None or model._known.holds(model))
     )

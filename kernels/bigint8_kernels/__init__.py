@@ -16,8 +16,8 @@ Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
   (`triton_numbers`: what they share); `gpu_tiles`: their configurations; `gpu`: which of them serves how many rows;
 - `gpu_step`: the operations of a step on GPUs, `ops`: these as operators of torch; their kernels are `triton_norm`,
   `triton_heads`, `triton_attention` and `triton_activation`;
-- `resources`: what they need of a GPU, from their machine code: `python -m bigint8_kernels.resources` (`variants`: every
-  kernel with every choice that is compiled into it);
+- `resources`: what they need of a GPU, from their machine code: `python -m bigint8_kernels.resources` (`variants`:
+  every kernel with every choice that is compiled into it);
 - `generic`: plain torch for every other device;
 - `dispatch`: which of them serves a device. The functions here are its own.
 """
