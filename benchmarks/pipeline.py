@@ -92,7 +92,8 @@ def prompts_for(requests: int, prompt: int) -> list[list[int]]:
 
 def run_pipeline(folder: Path, requests: int, prompt: int, tokens: int, slots: int | None = None) -> Figures:
     from bigint8 import Workload
-    from bigint8.session import ModelPipeline, find_model
+    from bigint8.model_pipeline import ModelPipeline
+    from bigint8.session import find_model
 
     asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None}
     workload = Workload(prompt + tokens + 16, requests)
@@ -178,19 +179,17 @@ def time_hops(temporary: Path, sequences: int, tokens: int, rounds: int) -> Comp
 def run_hops(folder: Path, sequences: int, tokens: int) -> Figures:
     """The hops of one run, from its trace."""
     from bigint8 import Workload
-    from bigint8.run.trace import Trace
-    from bigint8.session import ModelPipeline, find_model
+    from bigint8.model_pipeline import ModelPipeline
+    from bigint8.session import find_model
 
-    trace, file = Trace(), folder.parent / "trace.json"
+    file = folder.parent / "trace.json"
     asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": max(tokens, 64), "eos_token_id": None}
-    with ModelPipeline(find_model(folder), 2, Workload(128, sequences), trace=trace) as pipeline:
+    with ModelPipeline(find_model(folder), 2, Workload(128, sequences), trace=file) as pipeline:
         pipeline.load(progress=False)
         pipeline.generate(prompts_for(sequences, 4), **asked)
-    trace.write(file)
     events = json.loads(file.read_text())["traceEvents"]
     rows = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    into_last = [e for e in events if e["ph"] == "X" and e["name"] == "hop" and rows[e["tid"]].startswith("stage 1")]
-    took = sorted(event["dur"] / 1e3 for event in into_last)
+    took = sorted(e["args"]["hop ms"] for e in events if "hop ms" in e.get("args", {}) and rows[e["tid"]] == "stage 1")
     return {"hop ms": statistics.median(took), "slowest of 20 ms": took[len(took) * 19 // 20], "hops": float(len(took))}
 
 

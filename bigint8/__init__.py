@@ -7,8 +7,9 @@ from .errors import BigInt8Error, CheckpointError, PlanError, WorkerError
 
 if TYPE_CHECKING:
     from .model.layers import Int8Linear, make_int8_linear
+    from .model_pipeline import open_pipeline
     from .options import Access, Cluster, Int8Config, Workload
-    from .session import load_sharded_int8, open_pipeline
+    from .session import load_sharded_int8
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,7 @@ _HOMES = {
     "Workload": "options",
     "load_sharded_int8": "session",
     "make_int8_linear": "model.layers",
-    "open_pipeline": "session",
+    "open_pipeline": "model_pipeline",
 }
 
 __all__ = [

@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from .errors import BigInt8Error
+from .model_pipeline import ModelPipeline
 from .options import DEFAULT_THRESHOLD, Cluster, DeviceKind, Int8Config
 from .plan.cut import make_plan
-from .session import FoundModel, ModelPipeline, find_model
+from .session import FoundModel, find_model
 from .terminal.flags import (
     AccessFlags,
     Int8Head,
@@ -52,6 +54,10 @@ class LaunchFlags(AccessFlags, PlanFlags):
     int8_head: Int8Head = False
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and stop; needs no weights.")] = False
     json_file: JsonFile = None
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="A file that says what ran when, for https://ui.perfetto.dev: loading, steps, hops."),
+    ] = None
     address: Annotated[str | None, typer.Option(help="An existing Ray cluster; by default a local one starts.")] = None
 
     def int8(self) -> Int8Config:
@@ -88,7 +94,7 @@ def _plan_only(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
 def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
     started = time.perf_counter()
     cluster = Cluster(flags.device, flags.address)
-    with ModelPipeline(found, flags.gpus, flags.workload(found.spec), cluster) as pipeline:
+    with ModelPipeline(found, flags.gpus, flags.workload(found.spec), cluster, flags.trace) as pipeline:
         if pipeline.note:
             console.print(pipeline.note)
         print_plan(console, pipeline.plan)

@@ -169,6 +169,8 @@ def test_wrong_weights_and_rows_are_refused():
         step.linear(x, [int8(5, 81)], "y")
     with pytest.raises(TypeError, match="float64"):
         step.linear(x, [Linear(random(5, 80).double())], "y")
+    with pytest.raises(ValueError, match=r"\(5,\)"):
+        step.linear(x, [int8(5, 80, bias=torch.zeros(6))], "y")
     with pytest.raises(ValueError, match="rows"):
         step.linear(x[:2], [int8(5, 80)], "y")
     step.linear(x, [int8(5, 80)], "y")
@@ -264,13 +266,33 @@ def test_wrong_pools_and_batches_are_refused():
         step.attend(qkv, attention, torch.zeros(3, 2, 1, 17 * PAGE))
     with pytest.raises(TypeError, match="float64"):
         step.attend(qkv, attention, torch.zeros(pool_shape(3, attention), dtype=torch.float64))
+    with pytest.raises(ValueError, match="rows of 64"):
+        step.attend(qkv, replace(attention, v=(49, 16)), torch.zeros(pool_shape(3, attention)))
     step.attend(qkv, attention, torch.zeros(pool_shape(3, attention)))
     with pytest.raises(ValueError, match="2"):
         step.run(batch_of([Rows(1)], rotated=16))
     with pytest.raises(ValueError, match="cos_TR"):
         step.run(batch_of([Rows(1)], groups=2))
+    with pytest.raises(ValueError, match=r"\(1, 8\)"):
+        step.run(batch_of([Rows(1)], groups=2, rotated=8))
     with pytest.raises(ValueError, match="batch"):
         step.run_rows(1)
+
+
+def test_nan_is_not_hidden():
+    attention, batch = attention_of(2, 1, 16), batch_of([Rows(40)])
+    qkv, pool = random(1, 64), pool_of(attention, batch)
+    first, *_, unseen = batch.tables[0][0].tolist()
+    pool[unseen] = torch.nan
+    assert run_attend(qkv, attention, pool, batch).isfinite().all()
+    pool[first] = torch.nan
+    assert run_attend(qkv, attention, pool, batch).isnan().all()
+    step = CpuStep(1)
+    x = step.rows("x", 16)
+    y = step.activate(x, "silu", False)
+    x[:] = torch.nan
+    step.run_rows(1)
+    assert y.isnan().all()
 
 
 # --- whole blocks ---

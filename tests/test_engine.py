@@ -285,6 +285,17 @@ def test_calls_that_make_no_sense_are_refused_and_change_nothing():
         assert nothing_left(idle(engine))
 
 
+def test_a_finalizer_may_drop_a_sequence_whoever_holds_the_lock():
+    with engine_of([PageGroup(None, 8)]) as engine:
+        fed = Fed(engine, [PageGroup(None, 8)])
+        feed(engine, [(fed, [1] * 100, list(range(100)), False)])
+        waiting = engine.submit([1] * 50, Settings(40))
+        with engine._lock:
+            engine.drop(fed.sequence)
+        assert waiting.result(WAIT).reason == "length"
+        assert nothing_left(idle(engine))
+
+
 def test_fed_sequences_and_requests_run_side_by_side():
     groups = [FULL, WINDOW]
     with engine_of(groups, stages=3) as engine:
@@ -389,8 +400,37 @@ def test_beginnings_that_nobody_uses_are_forgotten_with_a_lost_stage():
     with Engine(stages, [FULL], WORK) as engine:
         expected = engine.submit([1] * 40, Settings(5)).result(WAIT).tokens
         idle(engine)
-        stages.losses[stages.work] = 0
+        stages.losses[stages.work + 2] = 0
+        engine.submit([2] * 40, Settings(5)).result(WAIT)
+        assert engine.stats().restarts == 1
         assert engine.submit([1] * 40, Settings(5)).result(WAIT).tokens == expected
+
+
+@pytest.mark.parametrize("free", [1, 0])
+def test_a_fed_sequence_passes_through_the_pages_that_are_free(free):
+    """Its first places need pages again until it is where it was: with one free page few rows run at once, without
+    any the sequence cannot come back."""
+    groups = [PageGroup(20, 6), PageGroup(20, 6)]
+    stages = SimulatedStages(groups, 2)
+    with Engine(stages, groups, WORK) as engine:
+        fed, other, third = (Fed(engine, groups, 2) for _ in range(3))
+        feed(engine, [(fed, [number % 7 for number in range(100)], list(range(100)), False)])
+        feed(engine, [(fed, [1], [100], True)])
+        feed(engine, [(other, [2] * 34, list(range(34)), False)])
+        if not free:
+            feed(engine, [(third, [2], [0], True)])
+        assert engine.stats().free_pages == (free, free)
+        stages.losses[stages.work] = 1
+        feed(engine, [(other, [3], [34], True)])
+        assert engine.stats().restarts == 1
+        if free:
+            feed(engine, [(fed, [1], [101], True)])
+        else:
+            with pytest.raises(BigInt8Error, match="this sequence was lost"):
+                engine.forward([(fed.sequence, [1], [101], True)], [0])
+        for each in (fed, other, third):
+            engine.drop(each.sequence)
+        assert nothing_left(idle(engine))
 
 
 class Dying(SimulatedStages):

@@ -4,6 +4,7 @@ The stages compute something simple that can be foretold; everything between the
 """
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ from bigint8.run.cores import Share, cores_of
 from bigint8.run.doors import LOOPBACK, new_secret
 from bigint8.run.flow import Flow, Place
 from bigint8.run.links import MOST_UNDER_WAY
+from bigint8.run.spans import Span, draw
 from bigint8.run.stages import StageLost
+from bigint8.run.trace import DRIVER, Trace
 
 WIDTH = 6
 
@@ -306,22 +309,55 @@ def test_a_stage_whose_neighbour_does_not_come_says_so():
 def test_stages_count_what_they_do_and_keep_spans_while_they_are_traced():
     with chain(2, ring=True) as there:
         for number in range(4):
-            if number == 2:
-                for flow in there.flows:
-                    flow.spans.on = True
             there.answers.send(make_step(number, rows=7))
             there.answers.receive(WAIT)
         stats = [flow.tally.stats() for flow in there.flows]
         assert [(each.steps, each.rows) for each in stats] == [(4, 28), (4, 28)]
         assert all(0 < each.busy_seconds <= each.seconds for each in stats)
         assert all(0 < each.memory_bytes <= each.peak_bytes for each in stats)
-        spans = [flow.spans.take() for flow in there.flows]
-        for each in (*spans[0], *spans[1]):
-            assert each.start_ns <= each.end_ns and each.number in (2, 3)
-        names = [[span.name for span in each if span.number == 2] for each in spans]
-        assert names[0] == ["hop", "wait", "compute", "send", "hop", "wait", "head"]
-        assert names[1] == ["hop", "wait", "compute", "send"]
-        assert there.flows[0].spans.take() == []
+        assert [flow.spans.take() for flow in there.flows] == [[], []]
+        for flow in there.flows:
+            flow.spans.on = True
+        there.answers.send(make_step(9))
+        there.answers.receive(WAIT)
+
+        def spans(index: int) -> list[Span]:
+            return [span for span in there.flows[index].spans._kept if span.number == 9]
+
+        until(lambda: (len(spans(0)), len(spans(1))) == (7, 4))  # a message may arrive before the span of its sending
+        assert [span.name for span in spans(0)] == ["hop", "wait", "compute", "send", "ring", "wait", "head"]
+        assert [span.name for span in spans(1)] == ["hop", "wait", "compute", "send"]
+        assert all(span.start_ns <= span.end_ns for span in [*spans(0), *spans(1)])
+
+
+def test_a_record_shows_each_hop_as_an_arrow_from_where_it_was_sent_to_where_it_was_computed(tmp_path):
+    trace = Trace()
+    with chain(3, ring=True) as there:
+        for flow in there.flows:
+            flow.spans.on = True
+        for number in range(4):
+            start = time.time_ns()
+            there.answers.send(make_step(number))
+            trace.span(DRIVER, f"send {number}", start, time.time_ns())
+        for _ in range(4):
+            there.answers.receive(WAIT)
+        until(lambda: [len(flow.spans._kept) for flow in there.flows] == [28, 16, 16])
+        draw(trace, [flow.spans.take() for flow in there.flows])
+    trace.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    arrows = [event for event in events if event["ph"] in "sf"]
+    found = [
+        (names[end["tid"]], span["name"])
+        for end in arrows
+        for span in events
+        if span["ph"] == "X" and span["tid"] == end["tid"] and span["ts"] <= end["ts"] <= span["ts"] + span["dur"]
+    ]
+    assert len(arrows) == 2 * 4 * 4  # from the driver, to the second, to the third, and back to the first
+    expected = [(DRIVER, "send"), *[(f"stage {i}", what) for i in range(3) for what in ("compute", "send")]]
+    for number in range(4):
+        for row, what in [*expected, ("stage 0", "head")]:
+            assert (row, f"{what} {number}") in found
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def run_a_step(dtype):
 
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
     compiled.clear()
-    compile_cpu_kernels([dtype], [dtype])
+    compile_cpu_kernels([dtype])
     print(dtype, "ahead", len(compiled))
     compiled.clear()
     for cpu_threads.PARALLEL_VALUES in (2**62, 0):

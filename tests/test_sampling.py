@@ -92,6 +92,20 @@ def test_a_sampled_token_is_where_transformers_distribution_has_it(asked, seed, 
     assert token == 0 or sums[token] > sums[token - 1], "a token that was cut"
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.99, 0.9999]), top_k=st.sampled_from([0, 2000]), seed=st.integers(0, 999)
+)
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_transformers(top_p, top_k, seed):
+    """Also where more tokens belong to it than are tried first."""
+    scores = torch.randn(1, 5000, generator=torch.Generator().manual_seed(seed)) * (0.5 + seed % 7)
+    asked = Settings(1, temperature=1.0, top_p=top_p, top_k=top_k, seed=seed)
+    sums = processed(scores, asked, [])[0].double().softmax(-1).cumsum(-1)
+    token, point = choose(scores, step_of([asked])).item(), chance(seed, 0)
+    assert sums[token] > point - 1e-3 and (token == 0 or sums[token - 1] <= point + 1e-3)
+    assert token == 0 or sums[token] > sums[token - 1]
+
+
 @settings(max_examples=50, deadline=None)
 @given(asked=st.lists(st.one_of(sampled, st.just(Settings(1))), min_size=1, max_size=6), data=st.data())
 def test_a_token_does_not_depend_on_what_else_is_in_the_step(asked, data):

@@ -33,9 +33,8 @@ def ask(scheduler, prompt, asked):
     return scheduler.add(prompt, completions)
 
 
-def run(scheduler, groups, stages, events=(), seed=0):
-    """Run until nothing is left. `events`: (after so many results, what to do then). Returns the steps."""
-    simulated = SimulatedStages(list(groups), stages, seed=seed)
+def run(scheduler, simulated, events=()):
+    """Run until nothing is left. `events`: (after so many results, what to do then)."""
     events, results = sorted(events, key=lambda each: each[0]), 0
     while True:
         while events and events[0][0] <= results:
@@ -49,7 +48,7 @@ def run(scheduler, groups, stages, events=(), seed=0):
         elif events:
             results = events[0][0]
         else:
-            return simulated.sent
+            return
 
 
 def test_a_prompt_is_short_where_the_kernels_say_so():
@@ -106,7 +105,7 @@ def test_every_request_gets_the_tokens_it_gets_alone(requests, windows, stages, 
 
     events = [(when, lambda n=number: arrive(n)) for number, (_, _, when) in enumerate(requests)]
     events += [(when, lambda n=number, s=sequence: leave(n, s)) for number, sequence, when in cancelled]
-    run(scheduler, groups, stages, events, seed)
+    run(scheduler, SimulatedStages(groups, stages, seed=seed), events)
     for number, request in made.items():
         prompt, settings_, _ = requests[number]
         for index, completion in enumerate(request.completions):
@@ -190,6 +189,27 @@ def test_continuations_of_one_prompt_compute_it_once_and_share_its_pages():
     assert len(step.copies) == 3
 
 
+def test_a_lost_copy_is_made_again_from_a_page_that_only_the_copy_holds():
+    scheduler, simulated = scheduler_of(stages=2), SimulatedStages([FULL], 2)
+    asked = Settings(6, temperature=1.0, sequences=2)
+    request = ask(scheduler, [1] * 20, asked)
+    simulated.send(scheduler.next())
+    scheduler.settle(simulated.receive(1.0))
+    step = scheduler.next()
+    assert len(step.copies) == 1
+    request.completions[1].end("cancelled")
+    scheduler.cancel(request)
+    check_pages(scheduler)
+    simulated.stages[1].lose()
+    for step in [*scheduler.refill(2).steps, *scheduler.send_again()]:
+        simulated.send(step)
+        result = simulated.receive(1.0)
+    scheduler.settle(result)
+    run(scheduler, simulated)
+    assert request.completions[0].tokens == alone([1] * 20, asked, [FULL], 2)
+    assert nothing_left(scheduler)
+
+
 # --- who runs when -------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +247,7 @@ def test_a_window_needs_no_more_pages_than_it_sees():
     scheduler = scheduler_of(groups, 2, work)
     ask(scheduler, list(range(90)) * 6, Settings(90))
     request = scheduler.waiting[0]
-    run(scheduler, groups, 2)
+    run(scheduler, SimulatedStages(groups, 2))
     assert request.completions[0].tokens == alone(list(range(90)) * 6, Settings(90), groups, 2)
 
 

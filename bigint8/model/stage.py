@@ -134,8 +134,11 @@ class ModelPart:
         return itertools.chain.from_iterable(block.parameters() for block in self.blocks)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that it computes with."""
-        for module in (*self.blocks, *self._around.values(), *filter(None, [self.lm_head])):
+        """The weights that it computes with."""
+        family = self.family
+        names = (family.embeddings, family.positions, family.embedding_norm, family.project_in, family.final_norm)
+        around = [self.part(name) for name in (*names, family.project_out)]
+        for module in (*self.blocks, *filter(None, around), *filter(None, [self.lm_head])):
             yield from module.parameters()
             yield from module.buffers()
 

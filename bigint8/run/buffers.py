@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Bytes = NDArray[Any]
 
+MOST_SPARE = 4
+"""How many buffers are kept that nobody uses; of page-locked ones, all."""
+
 
 class Ready(Protocol):
     """What ends the work of a GPU on a buffer: a `torch.cuda.Event`."""
@@ -78,7 +81,7 @@ class Buffers:
         """Take it back."""
         with self._changed:
             self._lent -= 1
-            if not self._closed:
+            if not self._closed and (self.page_locked or len(self._spare) < MOST_SPARE):
                 self._spare.append(buffer)
             self._changed.notify()
 
@@ -92,5 +95,5 @@ class Buffers:
     def _new(self, nbytes: int) -> "Tensor":
         import torch  # begins at a cache line, or is page-locked; the driver may not have imported it before
 
-        whole = max(ALIGN, 1 << (nbytes - 1).bit_length()) if nbytes else ALIGN
-        return torch.empty(whole, dtype=torch.uint8, pin_memory=self.page_locked)
+        grain = max(ALIGN, 1 << nbytes.bit_length() >> 3)  # a little more, so that the next one fits too
+        return torch.empty(max(grain, -(-nbytes // grain) * grain), dtype=torch.uint8, pin_memory=self.page_locked)

@@ -32,6 +32,9 @@ ANSWER_SECONDS = 600.0
 CLOSE_SECONDS = 5.0
 """How long closing waits for the thread, which may be in the middle of a step."""
 
+DROPS_SECONDS = 0.2
+"""How often requests that wait while nothing runs look whether sequences that held their pages were dropped."""
+
 
 class Engine:
     """Runs requests on the stages until it is closed. One thread of its own sends, receives and hands out.
@@ -54,9 +57,9 @@ class Engine:
         self._scheduler = Scheduler(Tables(groups, workload.context), stages.count, workload, slots)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._dropped: deque[Sequence] = deque()
         self._ended: BigInt8Error | None = None
         self._not_sent: BigInt8Error | None = None
+        self._dropped: deque[Sequence] = deque()
         self._sends_alone = False  # while stages are restored, nobody else sends
         self._restarts = self._restarts_in_a_row = self._tokens = 0
         self._started = time.monotonic()
@@ -105,10 +108,17 @@ class Engine:
 
     def _wake(self) -> None:
         """There is something to send: it goes at once if there is a slot, also while the thread waits for a result."""
+        self._drop_all()
         if self._scheduler.flights and not self._sends_alone:
             self._send_all()
         else:
             self._work.notify()
+
+    def _drop_all(self) -> None:
+        while self._dropped:
+            sequence = self._dropped.popleft()
+            if self._ended is None and not sequence.dropped:
+                self._scheduler.feeds.drop(sequence)
 
     # --- sequences that are fed from outside, as transformers' generate() does it ---------------------------------
 
@@ -133,23 +143,14 @@ class Engine:
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence; also one that is computing, and also when the engine has ended.
 
-        May be called by a garbage collection, which can come in the middle of anything, the thread's own work too. So it
-        waits for nothing: who holds the lock, or takes it next, does it.
+        Never waits, so that a finalizer may call it, whichever thread the garbage collector runs it in.
         """
         self._dropped.append(sequence)
         if self._lock.acquire(blocking=False):
             try:
-                self._forget_dropped()
+                self._wake()
             finally:
                 self._lock.release()
-
-    def _forget_dropped(self) -> None:
-        """With the lock: the sequences that were dropped leave their pages."""
-        while self._dropped:
-            sequence = self._dropped.popleft()
-            if self._ended is None and not sequence.dropped:
-                self._scheduler.feeds.drop(sequence)
-                self._wake()
 
     def forward(self, fed: Several[Fed], keep: ArrayLike) -> Logits:
         """Feed sequences, and wait for logits: float32 (kept rows, vocabulary), in the order of `keep`.
@@ -160,6 +161,7 @@ class Engine:
         """
         with self._lock:
             self._check_open()
+            self._drop_all()
             feed = self._scheduler.feeds.call(fed, keep)
             self._wake()
         return feed.result.result()
@@ -192,8 +194,6 @@ class Engine:
             self._thread.join(CLOSE_SECONDS)
 
     def _check_open(self) -> None:
-        """With the lock, before anything that takes pages."""
-        self._forget_dropped()
         if self._ended is not None:
             raise WorkerError(f"the engine has ended: {self._ended}") from self._ended
 
@@ -225,11 +225,11 @@ class Engine:
         """Send what there is; whether a result is to be waited for. False when the engine has ended."""
         with self._lock:
             while self._ended is None:
-                self._forget_dropped()
+                self._drop_all()
                 self._send_all()
                 if self._scheduler.flights:
                     return True
-                self._work.wait()
+                self._work.wait(DROPS_SECONDS if self._scheduler.waiting else None)
             return False
 
     def _send_all(self) -> None:
@@ -275,6 +275,8 @@ class Engine:
         start_ns = time.time_ns()
         with self._lock:
             self._sends_alone = True
+            if self._spans is not None:
+                self._spans.lost()
         empty: set[int] = set()
         while True:
             self._restarts += 1
@@ -288,7 +290,7 @@ class Engine:
                 empty.clear()
                 with self._lock:
                     if self._spans is not None:
-                        self._spans.lost(start_ns, f"restore after stage {error.index} was lost")
+                        self._spans.restored(start_ns, f"restore after stage {error.index} was lost")
                     for step in self._scheduler.send_again():
                         self._send(step, time.time_ns())
                     self._sends_alone = False
@@ -301,7 +303,6 @@ class Engine:
         if not empty:
             return
         with self._lock:
-            self._scheduler.tables.forget_idle()
             refill = self._scheduler.refill(max(empty) + 1)
         numbers: deque[int] = deque()
         try:
@@ -316,11 +317,14 @@ class Engine:
                 if step is None or len(numbers) > self._stages.count:
                     while self._receive().number < numbers[0]:
                         pass
+                    if self._spans is not None:
+                        self._spans.back(numbers[0], time.time_ns())
                     numbers.popleft()
         finally:
             with self._lock:
                 refill.steps.close()
         with self._lock:
-            self._scheduler.tables.forget_idle()  # of sequences that ended meanwhile
+            self._scheduler.tables.forget_idle()  # only what somebody holds was filled again
             for sequence in refill.lost:
+                sequence.lost = True
                 self._scheduler.feeds.drop(sequence)

@@ -160,6 +160,11 @@ class Feeds:
 
     def _check_idle(self, sequence: Sequence) -> None:
         if sequence.dropped:
-            raise BigInt8Error("this sequence was dropped; open another")
+            raise BigInt8Error(
+                "this sequence was lost with a stage, and there were no pages to fill it again; feed its tokens to "
+                "another one"
+                if sequence.lost
+                else "this sequence was dropped; open another"
+            )
         if sequence.flights or self._queued(sequence):
             raise BigInt8Error("this sequence is computing; wait for the call before")

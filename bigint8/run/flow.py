@@ -226,14 +226,16 @@ class Flow:
             while (received := self._inbox.take()) is not None:
                 with self._changed:
                     epoch = self._now
-                if received.link in epoch.came_in.values():
+                    is_current = received.link in epoch.came_in.values()
+                if is_current:
                     self._handle(received, epoch)
                 else:
                     received.release()
 
     def _handle(self, received: Received, epoch: _Epoch) -> None:
         message = received.message
-        self.spans.add("hop", message.number, message.sent_ns, received.received_ns)
+        name = "ring" if message.kind is Kind.ROWS else "hop"
+        self.spans.add(name, message.number, message.sent_ns, received.received_ns)
         self.spans.add("wait", message.number, received.received_ns, time.time_ns())
         free = None
         try:

@@ -79,7 +79,7 @@ def _run_through(stages: list[tuple[FusedStage, bool]]) -> Callable[[Step], Resu
     """All stages of this process as one."""
     with_head = next(stage for stage, has_head in stages if has_head)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(step: Step) -> Result:
         hidden: Tensor | None = None
         for stage, _ in stages:
@@ -97,22 +97,25 @@ class _Known:
         modules = list(model.modules())
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._count = self._hook_count()
-        self._foreign = sum(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values())
+        self._foreign = self._foreign_hooks()
         self._addresses = _addresses(model)
 
     def _hook_count(self) -> int:
         return sum(map(len, self._hooks))
+
+    def _foreign_hooks(self) -> int:
+        return sum(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values())
 
     def has_new_hooks(self) -> bool:
         """Whether somebody listens in since then. Transformers' own hooks stay where hidden states were once asked for;
         they do nothing unless they are asked for again."""
         if self._hook_count() == self._count:
             return False
-        return sum(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values()) != self._foreign
+        return self._foreign_hooks() != self._foreign
 
     def holds(self, model: Any) -> bool:
         """Whether the model's tensors are still those."""
-        return self._addresses == _addresses(model)
+        return bool(self._addresses == _addresses(model))
 
 
 def _addresses(model: Any) -> list[int]:

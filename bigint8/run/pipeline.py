@@ -73,6 +73,7 @@ class Pipeline:
         self._spec = spec
         self._secret, self._epoch = new_secret(), 0
         self._answers: Answers | None = None
+        self._traced = False
         self._loaded: set[int] = set()  # the stages that are loaded, and those whose pages the caller thinks are filled
         self._emptied: set[int] = set()
         self.infos: list[WorkerInfo] = []
@@ -225,7 +226,8 @@ class Pipeline:
         return found
 
     def trace(self, on: bool) -> None:
-        """Let the workers begin to keep spans, or end it."""
+        """Let the workers begin to keep spans, or end it; those that replace them do too."""
+        self._traced = on
         self._get([worker.trace.remote(on) for worker in self._workers[: self.count]])
 
     def spans(self) -> "list[list[Span]]":
@@ -254,6 +256,7 @@ class Pipeline:
         nexts = [None if place.goes_out is None else addresses[place.next] for place in places]
         asked = [w.connect.remote(self._epoch, address) for w, address in zip(workers, nexts, strict=True)]
         self._get(asked, 2 * HELLO_SECONDS + ALIVE_SECONDS)
+        self._get([worker.trace.remote(self._traced) for worker in workers], ALIVE_SECONDS)
         self._answers = Answers(addresses, self._epoch, self._secret)
 
     def _end_links(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -74,7 +75,7 @@ class Completion:
             arrived = asyncio.Event()
 
             def wake(arrived: asyncio.Event = arrived) -> None:
-                if not loop.is_closed():
+                with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                     loop.call_soon_threadsafe(arrived.set)
 
             if not self._when_more(at, wake):

@@ -118,21 +118,16 @@ class Scheduler:
         """The next step, or None if there is nothing to send, or nothing that is worth a slot."""
         if len(self.flights) >= self.slots:
             return None
-        calls = bool(self.feeds.calls)
-        if calls and not (self._fed_last and (self.ready or self.prompts)):
-            flight = self._fed()
+        makers = (self._requested, self._fed) if self._fed_last else (self._fed, self._requested)
+        for make in makers:  # in turn, where both have something
+            flight = make()
             if flight is not None:
-                self._fed_last = True
-                return self._send(flight)
-        self._fed_last = False
-        flight = self._requested()
-        return None if flight is None else self._send(flight)
-
-    def _send(self, flight: Flight) -> Step:
-        for rows in flight.rows:
-            rows.sequence.flights += 1
-        self.flights.append(flight)
-        return flight.step
+                self._fed_last = flight.feed is not None
+                for rows in flight.rows:
+                    rows.sequence.flights += 1
+                self.flights.append(flight)
+                return flight.step
+        return None
 
     def _requested(self) -> Flight | None:
         copies: list[Copy] = []

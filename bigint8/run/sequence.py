@@ -23,6 +23,7 @@ class Sequence:
     count: tokens that are known; sent: of those, how many are in steps that were sent; settled: in steps that are back
     kinds: up to which place tokens are computed as prompt or as generated ones ("few"); beyond the last, as few
     flights: steps under way; dropped: nobody feeds it any more, its pages go when no step is under way
+    lost: it was dropped because it could not be filled again
     """
 
     table: Table
@@ -35,6 +36,7 @@ class Sequence:
     settled: int = 0
     flights: int = 0
     dropped: bool = False
+    lost: bool = False
 
     def append(self, token: int) -> None:
         """One more token; there is room for it."""

@@ -5,11 +5,13 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import psutil
 
 from .stages import StageStats
+from .trace import DRIVER, Trace
 
 MOST_SPANS = 100_000
 """How many spans a worker keeps; older ones go."""
@@ -17,11 +19,15 @@ MOST_SPANS = 100_000
 
 @dataclass(frozen=True)
 class Span:
-    """What a worker did with a step, in nanoseconds of `time.time_ns()`: of its own box's clock, but see "hop".
+    """What a worker did with a step, in nanoseconds of its own box's `time.time_ns()`.
 
-    name: "hop" (from the sender's start of sending, by the sender's clock, to the message being whole), "wait" (until
-        its turn came), "compute" (the stage; on a GPU, until it was told all of it), "head" (logits, and the choice of
-        tokens), "send" (until the computing thread was free again)
+    name: what it is
+    - "hop": from the sender's start of sending, by the sender's clock, until the message was whole
+    - "ring": the same, of rows that came back for the head
+    - "wait": from then on, until its turn came
+    - "compute": the stage; on a GPU, until it was told all of it
+    - "head": logits, and the choice of tokens
+    - "send": until the computing thread was free again
     """
 
     name: str
@@ -87,3 +93,22 @@ def _memory() -> tuple[int, int]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     resident = psutil.Process().memory_info().rss
     return resident, max(resident, peak)
+
+
+def draw(trace: Trace, stages: Sequence[Sequence[Span]]) -> None:
+    """Add what the stages did to a record, a row for each stage, with an arrow for each hop."""
+    rows = [f"stage {index}" for index in range(len(stages))]
+    for row in rows:
+        trace.row(row)
+    for index, (row, spans) in enumerate(zip(rows, stages, strict=True)):
+        hop: Span | None = None
+        for span in spans:
+            if span.name in ("hop", "ring"):
+                hop = span
+            elif span.name != "wait":
+                args = None if hop is None else {"hop ms": (hop.end_ns - hop.start_ns) / 1e6}
+                trace.span(row, f"{span.name} {span.number}", span.start_ns, span.end_ns, args)
+                if hop is not None:
+                    sender = rows[-1] if hop.name == "ring" else rows[index - 1] if index else DRIVER
+                    trace.arrow(f"step {hop.number}", sender, hop.start_ns, row, span.start_ns)
+                hop = None

@@ -106,10 +106,12 @@ class StepSpans:
             row, sent_ns, args = self._under_way.pop(number)
             self._trace.span(f"steps under way {row}", f"step {number}", sent_ns, start_ns, args)
 
-    def lost(self, start_ns: int, what: str) -> None:
-        """The steps under way are lost; what was done about it took from `start_ns` to now."""
-        now = time.time_ns()
+    def lost(self) -> None:
+        """No result of the steps under way comes any more."""
         for number, (row, sent_ns, args) in self._under_way.items():
-            self._trace.span(f"steps under way {row}", f"step {number}, lost", sent_ns, start_ns, args)
+            self._trace.span(f"steps under way {row}", f"step {number}, lost", sent_ns, time.time_ns(), args)
         self._under_way.clear()
-        self._trace.span(DRIVER, what, start_ns, now)
+
+    def restored(self, start_ns: int, what: str) -> None:
+        """What was done about lost steps took from `start_ns` to now."""
+        self._trace.span(DRIVER, what, start_ns, time.time_ns())

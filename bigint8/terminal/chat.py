@@ -9,7 +9,7 @@ from ..run.text import Pieces, Prompt, Text
 from .flags import with_flags
 
 if TYPE_CHECKING:
-    from ..session import ModelPipeline
+    from ..model_pipeline import ModelPipeline
 
 
 class Generation:

@@ -31,16 +31,17 @@ _NUMBERS = {torch.float16: types.uint16, torch.bfloat16: types.int16, torch.floa
 """What the kernels read each float dtype as (`numba_bits.BITS`)."""
 
 
-def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dtype] = (torch.float32,)) -> float:
+def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dtype] | None = None) -> float:
     """Compile, or load from numba's cache, every kernel that loads weights of these dtypes and runs steps with them.
 
     `dtypes` are those that checkpoints store: float16, bfloat16 and float32; none for weights that are int8 already.
-    `pools` are the dtypes of keys and values, of the same three. Returns how many seconds it took. May be called from
-    any thread, and from several processes at once. Raises TypeError for other dtypes.
+    `pools` are the dtypes of keys and values, by default those of the weights. Returns how many seconds it took. May be
+    called from any thread, and from several processes at once. Raises TypeError for other dtypes.
     """
     start = time.perf_counter()
     compilations: dict[str, Callable[[], None]] = {}
-    stored, pooled = list(dict.fromkeys(dtypes)), list(dict.fromkeys(pools))
+    stored = list(dict.fromkeys(dtypes))
+    pooled = stored if pools is None else list(dict.fromkeys(pools))
     for dtype in (*stored, *pooled):
         if dtype not in _NUMBERS:
             raise TypeError(f"compile_cpu_kernels knows float16, bfloat16 and float32, not {dtype}")

@@ -53,7 +53,7 @@ class CpuStep:
         self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._prompts: list[tuple[int, bool, Prompt]] = []
         self._kept: list[Tensor] = []
-        self._has_rotation = False
+        self._rotated = 0
         self._most_split, self._split = 0, torch.empty(0)
 
     def rows(self, name: str, width: int) -> Tensor:
@@ -72,7 +72,7 @@ class CpuStep:
     # --- operations ---
 
     def add_norm(self, x_TH: Tensor, delta_TH: Tensor | None, norm: Norm | None, out: str = "normed") -> Tensor:
-        """See `step.Operations`."""
+        """See `step.Operations`. Raises ValueError for a weight or bias of another width."""
         width = x_TH.shape[1]
         y_TH = x_TH if norm is None else self.rows(out, width)
         work = NormWork(
@@ -81,7 +81,7 @@ class CpuStep:
         )  # fmt: skip
         if norm is not None:
             work.y, work.epsilon, work.centered = y_TH.data_ptr(), norm.epsilon, norm.centered
-            work.weight, work.bias = self._address(norm.weight), self._address(norm.bias)
+            work.weight, work.bias = self._address(norm.weight, width), self._address(norm.bias, width)
         if norm is not None or delta_TH is not None:
             self._program.add([(cpu_rows.add_norm, work, self._program.threads)])
         return y_TH
@@ -112,8 +112,9 @@ class CpuStep:
             raise TypeError(f"a weight without a scale is float16, bfloat16 or float32, not {layer.weight.dtype}")
         if layer.scale is not None and (layer.weight.dtype != torch.int8 or layer.scale.dtype != torch.float32):
             raise TypeError(f"a weight with a scale is int8, its scale float32, not {layer.weight.dtype}")
-        bias = None if layer.bias is None else self._keep(layer.bias.float())
-        scale = None if layer.scale is None else self._keep(layer.scale)
+        outputs = layer.weight.shape[0]
+        bias = None if layer.bias is None else self._vector(layer.bias, outputs)
+        scale = None if layer.scale is None else self._vector(layer.scale, outputs)
         self._weights += layer.weight.numel()
         return replace(layer, weight=self._keep(layer.weight), scale=scale, bias=bias)
 
@@ -155,7 +156,7 @@ class CpuStep:
 
     def attend(self, qkv_TN: Tensor, attention: Attention, pool: Tensor) -> Tensor:
         """See `step.Operations`. Raises ValueError and TypeError for a pool that does not fit."""
-        self._check(attention, pool)
+        self._check(attention, pool, qkv_TN.shape[1])
         width = attention.heads * attention.head_dim
         out_TN = self.rows("attended", width)
         while len(self._tables) <= attention.group:
@@ -163,8 +164,8 @@ class CpuStep:
         work = AttentionWork(
             qkv=self._row_address(qkv_TN), q=self.rows("queries", width).data_ptr(), out=out_TN.data_ptr(),
             pool=pool.data_ptr(), state=addressof(self._rows), table=addressof(self._tables[attention.group]),
-            slopes=self._address(attention.slopes), qkv_stride=qkv_TN.shape[1], page_stride=pool.stride(0),
-            heads=attention.heads, kv_heads=attention.kv_heads, head_dim=attention.head_dim,
+            slopes=self._address(attention.slopes, attention.heads), qkv_stride=qkv_TN.shape[1],
+            page_stride=pool.stride(0), heads=attention.heads, kv_heads=attention.kv_heads, head_dim=attention.head_dim,
             q_offset=attention.q[0], q_stride=attention.q[1], k_offset=attention.k[0], k_stride=attention.k[1],
             v_offset=attention.v[0], v_stride=attention.v[1], rotated=attention.rotated,
             window=attention.window or 0, scale=attention.scale,
@@ -172,8 +173,8 @@ class CpuStep:
         for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
             if norm is not None:
                 setattr(work, f"{name}_norm", 1)
-                setattr(work, f"{name}_weight", self._address(norm.weight))
-                setattr(work, f"{name}_bias", self._address(norm.bias))
+                setattr(work, f"{name}_weight", self._address(norm.weight, attention.head_dim))
+                setattr(work, f"{name}_bias", self._address(norm.bias, attention.head_dim))
                 setattr(work, f"{name}_centered", int(norm.centered))
                 setattr(work, f"{name}_epsilon", norm.epsilon)
         self._kept.append(pool)
@@ -185,15 +186,25 @@ class CpuStep:
             self._program.add([(cpu_attention.add_chunks, work, threads)])
         return out_TN
 
-    def _check(self, attention: Attention, pool: Tensor) -> None:
+    def _check(self, attention: Attention, pool: Tensor, width: int) -> None:
+        """Whether a pool and rows of this width are those of an attention."""
         if pool.dtype not in cpu_pages.PREPARE:
             raise TypeError(f"a pool on the CPU is float32, float16 or bfloat16, not {pool.dtype}")
         shape = pool_shape(pool.shape[0], attention)
         if pool.shape != shape or not pool[:1].is_contiguous():
             raise ValueError(f"a pool {tuple(pool.shape)}, where {shape} with contiguous pages belongs")
-        if attention.head_dim > cpu_pages.MOST_HEAD_DIM:
-            raise ValueError(f"heads of {attention.head_dim} values; the CPU's kernels take {cpu_pages.MOST_HEAD_DIM}")
-        self._has_rotation |= attention.rotated > 0
+        heads, kv_heads, head_dim = attention.heads, attention.kv_heads, attention.head_dim
+        if head_dim > cpu_pages.MOST_HEAD_DIM or heads % kv_heads or attention.rotated > head_dim:
+            raise ValueError(
+                f"{heads} heads of {head_dim} values, {attention.rotated} of them rotated, for {kv_heads} key heads: "
+                f"the CPU's kernels take up to {cpu_pages.MOST_HEAD_DIM} values, and as many heads for each key head"
+            )
+        for (offset, stride), count in ((attention.q, heads), (attention.k, kv_heads), (attention.v, kv_heads)):
+            if offset + (count - 1) * stride + head_dim > width:
+                raise ValueError(f"{count} heads from {offset} on, {stride} apart, in rows of {width} values")
+        if attention.rotated and self._rotated not in (0, attention.rotated):
+            raise ValueError(f"heads of which {attention.rotated} values are rotated, after some with {self._rotated}")
+        self._rotated = attention.rotated or self._rotated
 
     def activate(self, x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
         """See `step.Operations`."""
@@ -220,9 +231,14 @@ class CpuStep:
         self._kept.append(tensor)
         return tensor
 
-    def _address(self, tensor: Tensor | None) -> int:
+    def _address(self, tensor: Tensor | None, length: int) -> int:
         """The address of a copy in float32, or of the tensor itself if it is float32; 0 for None."""
-        return 0 if tensor is None else self._keep(tensor.float()).data_ptr()
+        return 0 if tensor is None else self._vector(tensor, length).data_ptr()
+
+    def _vector(self, tensor: Tensor, length: int) -> Tensor:
+        if tensor.shape != (length,):
+            raise ValueError(f"a weight, bias or scale {tuple(tensor.shape)}, where ({length},) belongs")
+        return self._keep(tensor.float())
 
     def _row_address(self, rows: Tensor) -> int:
         if rows.dtype != torch.float32 or rows.ndim != 2 or len(rows) != self.most_rows or not rows.is_contiguous():
@@ -242,8 +258,8 @@ class CpuStep:
         if len(tables) < len(self._tables):
             raise ValueError(f"a batch with tables of {len(tables)} groups, where attention has {len(self._tables)}")
         turns = [None if t is None else t.float().contiguous() for t in (batch.cos_TR, batch.sin_TR)]
-        if self._has_rotation and None in turns:
-            raise ValueError("a batch without cos_TR and sin_TR, where heads are rotated")
+        if self._rotated and [t is not None and t.shape for t in turns] != 2 * [(batch.rows, self._rotated // 2)]:
+            raise ValueError(f"a batch whose cos_TR and sin_TR are not {(batch.rows, self._rotated // 2)}")
         state = self._rows
         state.places, state.sequences = places_T.data_ptr(), sequences_T.data_ptr()
         state.cos, state.sin = (0 if t is None else t.data_ptr() for t in turns)

@@ -59,11 +59,11 @@ def backend_of(device: torch.device) -> Literal["cpu", "triton", "torch"]:
     return "torch"
 
 
-def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dtype] = (torch.float32,)) -> float:
+def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dtype] | None = None) -> float:
     """Compile the CPU's kernels, or load them from numba's cache, before they are needed: seconds it took.
 
-    `dtypes` are those in which weights are stored, `pools` those of keys and values. See `cpu_ahead`, which takes as
-    long to import as numba does.
+    `dtypes` are those in which weights are stored, `pools` those of keys and values, by default the same. See
+    `cpu_ahead`, which takes as long to import as numba does.
     """
     from . import cpu_ahead
 

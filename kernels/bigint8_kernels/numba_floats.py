@@ -204,7 +204,7 @@ SMALLEST_EXPONENT, LARGEST_EXPONENT = -87.0, 88.0
 
 @intrinsic
 def exp(typingctx, x):
-    """e to the power of each lane, or of a float32."""
+    """e to the power of each lane, or of a float32; of NaN, NaN."""
     kind = FLOATS16 if x == FLOATS16 else types.float32
 
     def codegen(context, builder, signature, args):
@@ -223,9 +223,9 @@ def exp(typingctx, x):
             )
 
         top = number(LARGEST_EXPONENT)
-        inside = builder.select(builder.fcmp_ordered("<", x, top), x, top)
+        inside = builder.select(builder.fcmp_unordered("<", x, top), x, top)  # NaN stays what it is
         bottom = number(SMALLEST_EXPONENT)
-        inside = builder.select(builder.fcmp_ordered(">", inside, bottom), inside, bottom)
+        inside = builder.select(builder.fcmp_unordered(">", inside, bottom), inside, bottom)
         n = call("rint", builder.fmul(inside, number(LOG2_E)))
         r = call("fmuladd", n, number(-LN2_HIGH), inside)
         r = call("fmuladd", n, number(-LN2_LOW), r)
