@@ -98,7 +98,7 @@ def rows_with_outliers(rows: int, features: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("rows", "few"), [(1, 1), (5, 5), (5, 0), (20, 3), (70, 66), (80, 0)])
+@pytest.mark.parametrize(("rows", "few"), [(1, 1), (5, 5), (5, 0), (20, 20), (40, 37), (20, 3), (70, 66), (80, 0)])
 def test_layers_side_by_side_are_the_reference(rows, few, dtype):
     layers = [int8_layer(37, 70, dtype), int8_layer(16, 70), int8_layer(130, 70, dtype)]
     x, batch = rows_with_outliers(rows, 70, dtype), some_batch(rows, few)
@@ -160,7 +160,7 @@ def test_every_tile_that_does_not_split_k_multiplies_right(processors, dtype, mo
     monkeypatch.setattr(ops, "gpu_of", lambda device: gpu.Gpu(ARCHITECTURES[86], processors))
     for outputs, features in ((37, 4100), (700, 1030)):
         layers = [int8_layer(outputs, features, dtype)]
-        for rows in (1, 3):
+        for rows in (1, 3, 19, 35):
             x, batch = random(rows, features).to(dtype), some_batch(rows, rows)
             y = ops.GpuOperations(batch).linear(x, layers, "y")
             assert_close(y, ReferenceOperations(batch).linear(x, layers, "y"), 0.01)

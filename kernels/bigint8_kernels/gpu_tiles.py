@@ -118,8 +118,13 @@ FLOAT32_GEMV_TILE = GemvTile(16, 16, 64, 4, 1)
 ONE_ROW_GEMV_TILES = (GEMV_TILES[1], *(GemvTile(1, 8, 512 * n, 2 * n, 1) for n in (2, 4, 8)))
 """For one row where K is not split: more warps a program, each with its part of a step."""
 
-FEW_ROW_GEMV_TILES = (GEMV_TILES[16], GemvTile(16, 32, 256, 4, 3), GemvTile(16, 16, 256, 2, 4))
-"""For several rows where K is not split: fewer outputs a program where these are so few that SMs would have none."""
+FEW_ROW_GEMV_TILES = {
+    16: (GEMV_TILES[16], GemvTile(16, 32, 256, 4, 3), GemvTile(16, 16, 256, 2, 4)),
+    32: (GemvTile(32, 64, 128, 4, 4), GemvTile(32, 32, 128, 4, 4)),
+    64: (GemvTile(64, 64, 128, 4, 3), GemvTile(64, 32, 128, 4, 3)),
+}
+"""For up to so many rows where K is not split: W is read once for all of them. Where the outputs are so few that SMs
+would have none, a program has fewer."""
 
 MOST_SPLITS = 8
 
@@ -169,8 +174,8 @@ def whole_gemv_tile(rows: int, outputs: int, features: int, is_float32: bool, pr
     if rows > 1:
         if is_float32:
             return FLOAT32_GEMV_TILE
-        fitting = (tile for tile in FEW_ROW_GEMV_TILES if -(-outputs // tile.outputs) >= processors)
-        return next(fitting, FEW_ROW_GEMV_TILES[-1])
+        tiles = next((tiles for most, tiles in FEW_ROW_GEMV_TILES.items() if rows <= most), FEW_ROW_GEMV_TILES[64])
+        return next((tile for tile in tiles if -(-outputs // tile.outputs) >= processors), tiles[-1])
     possible = [tile for tile in ONE_ROW_GEMV_TILES if tile.depth <= features] or ONE_ROW_GEMV_TILES[:1]
     enough = (tile for tile in possible if outputs // tile.outputs * tile.warps >= WARPS_WANTED * processors)
     return next(enough, possible[-1])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from . import (
@@ -93,7 +93,8 @@ def variants(capability: int) -> Iterator[Variant]:
         tiles = {tile for rows in (*FEW_ROW_TILES, 2048) for tile in matmul_tiles(architecture, rows, is_float32)}
         for tile in sorted(tiles, key=lambda tile: (tile.rows, tile.outputs)):
             yield from _matmul_variants(capability, dtype, tile)
-        for gemv in (*ONE_ROW_GEMV_TILES, *((FLOAT32_GEMV_TILE,) if is_float32 else FEW_ROW_GEMV_TILES)):
+        few_rows = (FLOAT32_GEMV_TILE,) if is_float32 else tuple(chain.from_iterable(FEW_ROW_GEMV_TILES.values()))
+        for gemv in (*ONE_ROW_GEMV_TILES, *few_rows):
             yield from _gemv_variants(capability, dtype, gemv)
         add = (("BLOCK_N", triton_gemv.ADD_BLOCK), ("MOST", MOST_SPLITS))
         yield Variant("add_parts", capability, dtype, add, 4, 3, f"up to {MOST_SPLITS} parts")
