@@ -7,8 +7,6 @@ The model's folder must be readable under the same path on every node of the clu
 
 import sys
 
-from transformers import AutoTokenizer
-
 from bigint8 import Cluster, Workload, open_pipeline
 
 PROMPT = "The capital of France is"
@@ -16,10 +14,10 @@ PROMPT = "The capital of France is"
 
 def main(name: str, workers: int) -> None:
     there = Cluster(address="auto")
-    with open_pipeline(name, workers, workload=Workload(context=512), cluster=there, progress=False) as pipeline:
-        tokenizer = AutoTokenizer.from_pretrained(pipeline.plan.spec.folder)
-        output = pipeline.model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=16, do_sample=False)
-        print(f"{len(pipeline.plan.stages)} workers: {tokenizer.decode(output[0], skip_special_tokens=True)}")
+    with open_pipeline(name, workers, workload=Workload(context=512), cluster=there, progress=False) as pipe:
+        pipe.read_text(raw=True)  # continue the prompt as it is
+        (answer,) = pipe.generate(PROMPT, max_new_tokens=16, do_sample=False)
+        print(f"{len(pipe.plan.stages)} workers: {PROMPT}{answer.text}")
 
 
 if __name__ == "__main__":

@@ -5,20 +5,18 @@ python examples/two_workers.py [MODEL]
 
 import sys
 
-from transformers import AutoTokenizer
-
 from bigint8 import Workload, open_pipeline
 
-PROMPT = "The capital of France is"
+PROMPTS = ["The capital of France is Paris. The capital of Italy is", "Two and two are"]
 
 
 def main(name: str) -> None:
-    with open_pipeline(name, gpus=2, workload=Workload(context=512)) as pipeline:
-        for stage in pipeline.plan.stages:
+    with open_pipeline(name, gpus=2, workload=Workload(context=512, sequences=2)) as pipe:
+        for stage in pipe.plan.stages:
             print(f"stage {stage.index} on {stage.device.name}: blocks {stage.first_block} to {stage.last_block - 1}")
-        tokenizer = AutoTokenizer.from_pretrained(pipeline.plan.spec.folder)
-        output = pipeline.model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=16, do_sample=False)
-        print(tokenizer.decode(output[0], skip_special_tokens=True))
+        pipe.read_text(raw=True)  # continue the prompts as they are, also where the model has a chat template
+        for prompt, answer in zip(PROMPTS, pipe.generate(PROMPTS, max_new_tokens=16, do_sample=False), strict=True):
+            print(f"{prompt}{answer.text}")
 
 
 if __name__ == "__main__":

@@ -43,12 +43,19 @@ def test_two_workers_share_all_blocks_and_continue_the_prompt(example: Example) 
     blocks = [int(n) for line in (first, second) for n in re.findall(r"\d+", line.partition("blocks")[2])]
     assert len(blocks) == 4, (first, second)
     assert (blocks[0], blocks[1] + 1, blocks[3]) == (0, blocks[2], 29)
-    assert text.startswith("The capital of France is Paris")
+    assert text.startswith("The capital of France is Paris. The capital of Italy is Rome")
 
 
 @pytest.mark.usefixtures("on_running_workers")
 def test_ray_job_runs_on_the_workers_of_the_cluster_it_is_in(example: Example) -> None:
     assert "3 workers: The capital of France is Paris" in example("ray_job.py", "smollm2-135m", "3")
+
+
+def test_many_requests_each_get_an_answer(example: Example) -> None:
+    printed = example("many_requests.py")
+    answers = re.findall(r"^> (.+)\n(.+)", printed, re.MULTILINE)
+    assert len({question for question, _ in answers}) == 4 and all(answer.strip() for _, answer in answers)
+    assert re.search(r"^\d+ tokens, [\d.]+ a second; stages busy", printed, re.MULTILINE)
 
 
 def test_one_layer_halves_the_bytes_at_a_small_error(example: Example) -> None:
