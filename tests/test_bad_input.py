@@ -381,7 +381,6 @@ def short_model(good: Path) -> Any:
 def test_prompt_longer_than_the_context_is_refused(short_model: Any) -> None:
     with pytest.raises(BigInt8Error) as caught:
         short_model.generate(PROMPT_12, max_new_tokens=1, do_sample=False)
-    assert type(caught.value) is BigInt8Error
     assert "12 tokens" in str(caught.value)
     assert "context of 8" in str(caught.value)
 
@@ -654,5 +653,5 @@ def test_nan_that_a_worker_finds_ends_the_command_line_with_2_and_leaves_no_proc
 
 def test_prompt_too_long_ends_the_command_line_with_2(run: Command, good: Path) -> None:
     ended = run(bigint8.launch, "--model", good, "--device", "cpu", "--context", 8, "--prompt", "w3 " * 12)
-    assert_refused(ended, "error: --prompt: 12 tokens leave no room in a context of 8")
+    assert_refused(ended, "error: a prompt of 12 tokens leaves no room in a context of 8")
     assert ended.error.startswith("error: ")

@@ -420,7 +420,7 @@ def test_stages_of_an_int8_checkpoint_are_those_of_its_source(kind, tied, int8_h
         for found in (stored, original):
             plan = make_plan(found.spec, devices, found.spec.workload())
             stages.append(RunningStage(plan, index, "cpu", lambda done, total: None))
-        (stage, expected), report = (each._stage for each in stages), stages[0].report
+        (stage, expected), report = (each._stage._stage for each in stages), stages[0].report
         assert_same_model(stage, expected)
         assert stage.has_head == expected.has_head
         assert report.bytes_mapped > 0 and report.unused == []

@@ -118,25 +118,28 @@ def test_skipping_a_layer_that_is_stored_in_int8_is_refused_before_anything_is_p
 
 def test_more_tokens_than_planned_are_refused(tmp_path):
     save_tiny("llama", True, tmp_path)
-    model = load_sharded_int8(tmp_path, context=16, batch_size=2, progress=False)
-    ids = torch.ones(2, 16, dtype=torch.long)
+    model = load_sharded_int8(tmp_path, context=32, batch_size=2, progress=False)
+    ids = torch.ones(2, 32, dtype=torch.long)
     model(ids)
-    model(torch.ones(4, 8, dtype=torch.long))  # no more tokens than two sequences of the context
-    with pytest.raises(BigInt8Error, match=r"17 tokens in one sequence.*context of 16"):
-        model(torch.ones(1, 17, dtype=torch.long))
-    with pytest.raises(BigInt8Error, match=r"3 sequences of 16 tokens.*2 of 16.*batch_size="):
-        model(torch.ones(3, 16, dtype=torch.long))
-    with pytest.raises(BigInt8Error, match="context of 16"):
+    model(torch.ones(4, 16, dtype=torch.long))  # no more pages than two sequences of the context
+    with pytest.raises(BigInt8Error, match=r"33 tokens in one sequence.*context of 32"):
+        model(torch.ones(1, 33, dtype=torch.long))
+    with pytest.raises(BigInt8Error, match=r"96 more tokens take 6 pages.*4 of 4.*batch_size="):
+        model(torch.ones(3, 32, dtype=torch.long))
+    with pytest.raises(BigInt8Error, match="context of 32"):
         model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    with pytest.raises(BigInt8Error, match=r"3 sequences of 32 tokens.*2 of 32.*batch_size="):
+        model(torch.ones(3, 32, dtype=torch.long), output_hidden_states=True)  # through the model's own modules
 
 
-def test_a_sliding_window_leaves_no_room_for_more_sequences(tmp_path):
-    """Its cache holds the window of each sequence, however short they are beyond that."""
+def test_a_sliding_window_needs_no_more_pages_than_it_sees(tmp_path):
     save_tiny("mistral", True, tmp_path)
-    model = load_sharded_int8(tmp_path, context=64, progress=False)
-    with pytest.raises(BigInt8Error, match="2 sequences"):
-        model(torch.ones(2, 16, dtype=torch.long))
-    model(torch.ones(1, 64, dtype=torch.long))
+    model = load_sharded_int8(tmp_path, context=128, progress=False)
+    assert model.plan.pages == (8,)
+    model(torch.ones(1, 128, dtype=torch.long))
+    model(torch.ones(2, 64, dtype=torch.long))
+    with pytest.raises(BigInt8Error, match="pages"):
+        model(torch.ones(9, 16, dtype=torch.long))
 
 
 @pytest.mark.parametrize("values", [{"context": 0}, {"sequences": 0}, {"chunk": 0}, {"context": -3}])

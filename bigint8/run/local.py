@@ -37,10 +37,9 @@ def with_pages(model: Any, trace: Trace | None = None) -> Any:
     It then has an `engine`, which runs many requests at once, and ends with the model.
     """
     model.engine = engine = engine_of(model, model.plan, trace)
-    if engine is None:
-        return model
-    weakref.finalize(model, engine.close)
-    model._known = _Known(model)
+    model._known = None if engine is None else _Known(model)
+    if engine is not None:
+        weakref.finalize(model, engine.close)
     model.__class__ = _paged_class(type(model))  # type: ignore[arg-type]
     return model
 

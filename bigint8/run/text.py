@@ -72,10 +72,10 @@ def ids_within(prompt: Any, context: int) -> list[int]:
     """Token ids of a prompt. Raises BigInt8Error if there are none, or if they leave no room in the context."""
     ids = [int(token) for token in prompt]
     if not ids:
-        raise BigInt8Error("prompt: no tokens in it")
+        raise BigInt8Error("a prompt with no tokens in it: give at least one")
     if len(ids) >= context:
         raise BigInt8Error(
-            f"prompt: {len(ids)} tokens leave no room in a context of {context}; shorten it or load with a larger "
+            f"a prompt of {len(ids)} tokens leaves no room in a context of {context}; shorten it or load with a larger "
             "context="
         )
     return ids
