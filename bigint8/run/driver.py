@@ -18,7 +18,7 @@ from ..errors import BigInt8Error
 from ..families.table import find_family
 from ..plan.plan import Plan
 from .feed import Fed
-from .sequence import FEW_ROWS
+from .sequence import SHORT_PROMPT
 
 
 class Sequences(Protocol):
@@ -73,7 +73,7 @@ class PagedCache(Cache):
             if not count:
                 continue
             past = 0 if self._tokens_BP is None else int(self._tokens_BP[b].sum())
-            few = count == 1 if past else count <= FEW_ROWS
+            few = count == 1 if past else count <= SHORT_PROMPT
             fed.append((sequence, ids_BT[b].cpu()[there].numpy(), positions_BT[b][there].numpy(), few))
             rank = there.cumsum(0) - 1 + before
             for k, column in enumerate(wanted):

@@ -156,7 +156,7 @@ class Engine:
         """Feed sequences, and wait for logits: float32 (kept rows, vocabulary), in the order of `keep`.
 
         fed: (sequence, new token ids, their positions, few), each sequence once. few: the tokens are computed as
-        generated ones are, as those of a prompt of at most FEW_ROWS tokens should be. keep: rows, counted over all.
+        generated ones are, as those of a prompt of at most SHORT_PROMPT tokens should be. keep: rows, counted over all.
         Raises PlanError if there is no room for them, WorkerError if the engine ends.
         """
         with self._lock:
