@@ -4,6 +4,7 @@ Triton's interpreter computes what the kernels do. No GPU has shown yet that it 
 what a replay saves.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from bigint8.model.step import Step
 from bigint8.options import Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import Device
-from bigint8.plan.memory import GRAPH_ROWS, graph_bytes
+from bigint8.plan.memory import GRAPH_ROWS, graph_input_bytes
 from bigint8.run.running import RunningStage
 from bigint8.session import find_model
 
@@ -151,12 +152,16 @@ def test_a_model_in_one_process_is_captured_when_it_is_loaded(recorder, folder, 
     assert model.engine is not None and len(recorder.graphs) == captured
 
 
-def test_a_plan_has_room_for_what_the_graphs_of_a_stage_read(recorder, folder, monkeypatch):
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_plan_has_room_for_what_graphs_read(recorder, folders, monkeypatch, kind):
+    """Planned is that as many values are rotated as a token's keys have: never fewer than there are."""
     shapes = []
     monkeypatch.setattr(fused_stage, "compile_steps", lambda run, shape, *_: shapes.append(shape))
-    loaded_as_a_worker_does(folder)
-    layout, work = find_model(folder).spec.known_layout, Workload(context=16)
+    loaded_as_a_worker_does(folders[kind])
+    layout, work = find_model(folders[kind]).spec.known_layout, Workload(context=16)
     (shape,) = shapes
-    hidden_rows = 5 * GRAPH_ROWS * shape.hidden * shape.dtype.itemsize
-    assert shape.table_widths == (1,) and shape.rotated == 16
-    assert graph_bytes(layout, work, shape.dtype.itemsize) >= shape.input_bytes(GRAPH_ROWS) + hidden_rows
+    most = layout.sizes.kv_values // 2
+    assert (
+        shape.table_widths == (1,) * len(layout.groups) and shape.rotated == (0 if kind == "opt-350m" else 16) <= most
+    )
+    assert graph_input_bytes(layout, work, 2) == dataclasses.replace(shape, rotated=most).input_bytes(GRAPH_ROWS)

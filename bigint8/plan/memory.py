@@ -35,23 +35,25 @@ def workspace_bytes(layout: Layout, workload: Workload, dtype_bytes: int, on_cpu
 
     Loading needs the staging ring, on the device too. Running comes after it. A step has as many rows as a prompt's
     chunk and a token of every sequence. Besides its rows it needs the logits of those that the head takes at once, a
-    slice of a product, and on a GPU what CUDA graphs keep.
+    slice of a product, and on a GPU what CUDA graphs keep: rows of their own, and what they read.
     """
-    row = _cpu_row_bytes(layout.sizes) if on_cpu else _gpu_row_bytes(layout.sizes, dtype_bytes)
-    graphs = 0 if on_cpu else graph_bytes(layout, workload, dtype_bytes)
     logits = LOGITS_ROWS * layout.sizes.vocab * 4
-    return max(workload.most_rows * row + graphs + logits + KERNEL_BYTES, GPU_CHUNKS * GPU_BUFFER_BYTES)
+    if on_cpu:
+        rows = workload.most_rows * _cpu_row_bytes(layout.sizes)
+    else:
+        rows = (workload.most_rows + GRAPH_ROWS) * _gpu_row_bytes(layout.sizes, dtype_bytes)
+        rows += graph_input_bytes(layout, workload, dtype_bytes)
+    return max(rows + logits + KERNEL_BYTES, GPU_CHUNKS * GPU_BUFFER_BYTES)
 
 
-def graph_bytes(layout: Layout, workload: Workload, dtype_bytes: int) -> int:
-    """An estimate of what the CUDA graphs of a stage keep: rows of their own, and the places that they read from.
+def graph_input_bytes(layout: Layout, workload: Workload, dtype_bytes: int) -> int:
+    """The most that the places take from which the CUDA graphs of a stage read.
 
-    A row reads its hidden state, its pages in each group, five more integers, and the cosines and sines of its
-    position, which are no more values than its keys in a block.
+    A row has its hidden state, its pages in each group, five more integers, and the cosines and sines of its position:
+    no more values than its keys in a block.
     """
     integers = 5 + len(layout.groups) * ceil(workload.context / PAGE_TOKENS)
-    inputs = layout.sizes.hidden * dtype_bytes + 4 * integers + 2 * layout.sizes.kv_values
-    return GRAPH_ROWS * (_gpu_row_bytes(layout.sizes, dtype_bytes) + inputs)
+    return GRAPH_ROWS * (layout.sizes.hidden * dtype_bytes + 4 * integers + 4 * (layout.sizes.kv_values // 2))
 
 
 def _ups(sizes: Sizes) -> int:
