@@ -24,7 +24,7 @@ from bigint8.plan.devices import cpu_device
 from bigint8.plan.spec import ModelSpec
 from bigint8.session import find_model
 
-PAGES, CHUNK, MOST_ROWS = 48, 4, 24
+PAGES, TABLE_PAGES, CHUNK, MOST_ROWS = 48, 5, 4, 24
 NO_INT8 = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2",
            "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "c_attn", "c_proj", "c_fc", "project_in",
            "project_out", "lm_head")  # fmt: skip
@@ -50,7 +50,7 @@ def loaded_stages(folder: Path, count: int, device: str = "cpu", **config: Any) 
 
 def room_for(layout: Layout, device: str = "cpu") -> Room:
     """Room for the sequences of these tests."""
-    return Room((PAGES,) * len(layout.groups), MOST_ROWS, torch.float32, torch.device(device))
+    return Room((PAGES,) * len(layout.groups), TABLE_PAGES, MOST_ROWS, torch.float32, torch.device(device))
 
 
 @dataclass

@@ -9,8 +9,9 @@ from typing import get_args
 import pytest
 from bigint8_kernels import generic, reference
 
+from bigint8.model import graphs
 from bigint8.options import Activations
-from bigint8.plan.memory import KERNEL_BYTES
+from bigint8.plan.memory import GRAPH_ROWS, KERNEL_BYTES
 
 ROOT = Path(__file__).parent.parent
 LIBRARY, KERNELS = ROOT / "bigint8", ROOT / "kernels" / "bigint8_kernels"
@@ -171,3 +172,7 @@ def test_the_options_name_the_activations_that_the_kernels_know():
 
 def test_a_plan_leaves_room_for_the_slice_that_a_product_in_plain_torch_takes():
     assert KERNEL_BYTES == generic.SLICE_BYTES
+
+
+def test_a_plan_leaves_room_for_the_largest_step_that_a_gpu_captures():
+    assert graphs.BUCKETS[-1] == GRAPH_ROWS

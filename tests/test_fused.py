@@ -242,7 +242,7 @@ def test_rows_that_are_no_token_change_nothing(folders):
 
 def test_more_rows_than_there_is_room_for_are_refused(folders):
     stages, spec = loaded_stages(folders("llama"), 1)
-    room = Room((4,), 3, torch.float32, torch.device("cpu"))
+    room = Room((4,), 4, 3, torch.float32, torch.device("cpu"))
     rows = np.zeros(4, np.int32)
     step = Step(9, rows, rows, rows, rows, 0, np.zeros((1, 1, 1), np.int32))
     with pytest.raises(BigInt8Error, match="step 9 has 4 rows, but there is room for 3"):

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from bigint8_kernels.step import Operations
+from bigint8_kernels import dispatch
+from bigint8_kernels.step import Batch, Operations
 from torch import Tensor, nn
 
 from ..errors import BigInt8Error
 from ..families.layout import Layout, Recipe
 from .fused import FusedBlock, fuse, linear_of, norm_of, run_block
+from .graphs import Graphs, Run, Shape, compile_steps
 from .host_numbers import on_device
 from .program import Program, Rows
 from .ragged import Pools, Room, batch_of, batch_without_attention
@@ -38,10 +40,29 @@ class FusedStage:
         self._dtype = torch.float32 if room.device.type == "cpu" else room.dtype
         hidden, width = layout.sizes.hidden, layout.sizes.width or layout.sizes.hidden
         kept = min(KEPT_AT_ONCE, room.most_rows)
-        self._blocks = Rows(_through(blocks, self._pools), hidden, room.most_rows, room.device)
+        self._hidden = hidden
+        self._blocks = _run_of(Rows(_through(blocks, self._pools), hidden, room.most_rows, room.device))
         self._before = _rows(_before(stage), width, room.most_rows, room.device)
         self._after = _rows(_after(stage), hidden, kept, room.device)
         self._head = _rows(_head(stage), width, kept, room.device)
+
+    def prepare(self) -> None:
+        """Where Triton serves the device: compile its kernels, and capture the blocks' steps of generated tokens.
+
+        From then on these steps replay a CUDA graph (`graphs.Graphs`). The embeddings, the head and the copies of pages
+        are launched at each step as before. Elsewhere this does nothing. No GPU has run this yet: the tests let a
+        pretended one capture and replay what is launched. That a GPU captures all of it, in which memory, and how much
+        time a replay saves, is not known.
+        """
+        if dispatch.backend_of(self._room.device) != "triton":
+            return
+        rotated = 0 if self._rotary is None else self._rotary.rotated
+        tables = (self._room.table_pages,) * len(self._room.pages)
+        shape = Shape(self._hidden, self._dtype, tables, rotated)
+        compile_steps(self._blocks, shape, self._room.device, self._room.most_rows)
+        graphs = Graphs(self._blocks, shape, self._room.device)
+        graphs.capture()
+        self._blocks = graphs
 
     @property
     def kv_bytes(self) -> int:
@@ -54,7 +75,7 @@ class FusedStage:
         self._room.check(step)
         self._pools.copy(step.copies)
         x_TH = self._embed(step) if hidden is None else hidden.to(self._room.device, self._dtype, copy=True)
-        x_TH = self._blocks.run(batch_of(step, self._rotary, self._room.device), x_TH)
+        x_TH = self._blocks(x_TH, batch_of(step, self._rotary, self._room.device))
         if not self._stage.is_last:
             return x_TH.clone()
         kept_RH = x_TH[on_device(step.keep, x_TH.device)]
@@ -111,6 +132,13 @@ def _rotary_of(stage: StageModel | ModelPart, recipe: Recipe, device: torch.devi
 
 def _rows(program: Program | None, width: int, most_rows: int, device: torch.device) -> Rows | None:
     return None if program is None else Rows(program, width, most_rows, device)
+
+
+def _run_of(rows: Rows) -> Run:
+    def run(x_TH: Tensor, batch: Batch) -> Tensor:
+        return rows.run(batch, x_TH)
+
+    return run
 
 
 def _through(blocks: Sequence[FusedBlock], pools: Pools) -> Program:

@@ -54,6 +54,9 @@ class GeneralStage:
         self._run(_one_row(len(layout.groups)), None if stage.is_first else torch.zeros(1, layout.sizes.hidden))
         self._attention.allocate()
 
+    def prepare(self) -> None:
+        """Nothing: transformers' modules decide at each step what they launch, so that no step is captured."""
+
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values that it has room for."""

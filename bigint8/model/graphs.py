@@ -124,6 +124,7 @@ class Graphs:
                     for _ in range(WARM_UPS):
                         self._run(*self._inputs.first(bucket))
             main.wait_stream(side)
+            torch.cuda.empty_cache()  # what the runs have left, or else the first capture gives it back meanwhile
             before = torch.cuda.memory_reserved(self._device)
             pool = torch.cuda.graph_pool_handle()
             for bucket in reversed(self._buckets):

@@ -21,11 +21,12 @@ from .step import Ints, Step
 class Room:
     """What a stage has room for, and where.
 
-    pages: of each group of `Layout.groups`; most_rows: of a step; dtype: the model's, which its keys and values have,
-        and its rows where the device is no CPU
+    pages: of each group of `Layout.groups`; table_pages: of the longest sequence; most_rows: of a step
+    dtype: the model's, which its keys and values have, and its rows where the device is no CPU
     """
 
     pages: tuple[int, ...]
+    table_pages: int
     most_rows: int
     dtype: torch.dtype
     device: torch.device
@@ -41,6 +42,9 @@ class Room:
 
 class RaggedStage(Protocol):
     """A stage of a pipeline that runs ragged steps, and keeps the keys and values of its blocks."""
+
+    def prepare(self) -> None:
+        """Do what is done once on its device, so that no token waits for it. Called when the stage is loaded."""
 
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
         """One step: T rows of `step.ids` on the first stage, later ones are given hidden states (T, H).

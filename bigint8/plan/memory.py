@@ -23,6 +23,8 @@ GPU_CHUNKS = 2 * GPU_READERS
 KERNEL_BYTES = 64 * MIB
 """What a product may take besides its result: a slice of the weight in a float format."""
 
+GRAPH_ROWS = 64
+"""Rows of the largest step that a GPU captures in a CUDA graph. Smaller ones share its memory (`model/graphs.py`)."""
 
 LOGITS_ROWS = 32
 """Rows that the head multiplies at once."""
@@ -32,12 +34,26 @@ def workspace_bytes(layout: Layout, workload: Workload, dtype_bytes: int, on_cpu
     """An estimate of what a stage needs besides weights and cache: computed, not measured.
 
     Loading needs the staging ring, on the device too. Running comes after it. A step has as many rows as a prompt's
-    chunk and a token of every sequence. Besides its rows it needs the logits of those that the head takes at once, and
-    a slice of a product.
+    chunk and a token of every sequence. Besides its rows it needs the logits of those that the head takes at once, a
+    slice of a product, and on a GPU what CUDA graphs keep: rows of their own, and what they read.
     """
-    row = _cpu_row_bytes(layout.sizes) if on_cpu else _gpu_row_bytes(layout.sizes, dtype_bytes)
     logits = LOGITS_ROWS * layout.sizes.vocab * 4
-    return max(workload.most_rows * row + logits + KERNEL_BYTES, GPU_CHUNKS * GPU_BUFFER_BYTES)
+    if on_cpu:
+        rows = workload.most_rows * _cpu_row_bytes(layout.sizes)
+    else:
+        rows = (workload.most_rows + GRAPH_ROWS) * _gpu_row_bytes(layout.sizes, dtype_bytes)
+        rows += graph_input_bytes(layout, workload, dtype_bytes)
+    return max(rows + logits + KERNEL_BYTES, GPU_CHUNKS * GPU_BUFFER_BYTES)
+
+
+def graph_input_bytes(layout: Layout, workload: Workload, dtype_bytes: int) -> int:
+    """The most that the places take from which the CUDA graphs of a stage read.
+
+    A row has its hidden state, its pages in each group, five more integers, and the cosines and sines of its position:
+    no more values than its keys in a block.
+    """
+    integers = 5 + len(layout.groups) * ceil(workload.context / PAGE_TOKENS)
+    return GRAPH_ROWS * (layout.sizes.hidden * dtype_bytes + 4 * integers + 4 * (layout.sizes.kv_values // 2))
 
 
 def _ups(sizes: Sizes) -> int:

@@ -49,7 +49,11 @@ def engine_of(model: Any, plan: Plan, trace: Trace | None = None) -> Engine | No
     run through its own modules. It does not keep the model."""
     family = find_family(model.config.model_type)
     stages = None if family is None else _stages(model, family, plan)
-    return None if stages is None else Engine.of(plan, LocalStages(_run_through(stages)), trace)
+    if stages is None:
+        return None
+    for stage, _ in stages:
+        stage.prepare()
+    return Engine.of(plan, LocalStages(_run_through(stages)), trace)
 
 
 def _stages(model: Any, family: Family, plan: Plan) -> list[tuple[FusedStage, bool]] | None:

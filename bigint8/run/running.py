@@ -1,5 +1,6 @@
 """A stage that is loaded and runs steps: on a worker, or the whole model in this process."""
 
+from math import ceil
 from typing import cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..model.ragged import RaggedStage, Room
 from ..model.skeleton import Skeleton, skeleton_of
 from ..model.stage import StageModel, owner
 from ..model.step import Step
+from ..options import PAGE_TOKENS
 from ..plan.plan import Plan
 from .sampling import choose
 
@@ -45,6 +47,7 @@ class RunningStage:
         move_buffers(stage, lambda name: device)
         prepare_kernels(stage, plan.workload.most_rows)
         self._stage = open_stage(stage.eval(), plan.spec, room_of(plan, device))
+        self._stage.prepare()
 
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
         """As `RaggedStage.run`."""
@@ -57,7 +60,9 @@ class RunningStage:
 
 def room_of(plan: Plan, device: str) -> Room:
     """What a plan leaves room for on one of its devices."""
-    return Room(plan.pages, plan.workload.most_rows, getattr(torch, plan.dtype), torch.device(device))
+    work = plan.workload
+    table_pages, dtype = ceil(work.context / PAGE_TOKENS), getattr(torch, plan.dtype)
+    return Room(plan.pages, table_pages, work.most_rows, dtype, torch.device(device))
 
 
 def answer(stage: RaggedStage, step: Step, hidden_RH: Tensor) -> Values:
