@@ -15,6 +15,7 @@ from simulated import Alone, SimulatedStages, alone, check_pages, nothing_left
 from bigint8.errors import BigInt8Error, PlanError, WorkerError
 from bigint8.model.step import Result
 from bigint8.options import Workload
+from bigint8.run import sequence
 from bigint8.run.engine import MAX_RESTARTS, Engine
 from bigint8.run.pages import PageGroup
 from bigint8.run.settings import Settings
@@ -22,6 +23,16 @@ from bigint8.run.stages import LocalStages, StageLost
 from bigint8.run.trace import Trace
 
 FULL, WINDOW = PageGroup(None, 64), PageGroup(20, 64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_prompts():
+    """Prompts of at most 16 tokens are short here, so that few tokens make a long one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequence, "SHORT_PROMPT", 16)
+        yield
+
+
 WORK = Workload(context=256, sequences=8, chunk=32)
 WAIT = 60.0
 """Seconds after which a test takes it that nothing comes any more."""
