@@ -24,7 +24,7 @@ def named(found: dict[str, Any]) -> str:
 def test_every_kernel_is_compiled_for_every_architecture(compiled):
     pairs = {(found["variant"]["kernel"], found["variant"]["capability"]) for found in compiled}
     kernels = {
-        "quantize_rows", "mark_outliers", "quantize_activations", "int8_matmul", "gather_columns",
+        "quantize_rows", "mark_outliers", "mark_by_token", "quantize_activations", "int8_matmul", "gather_columns",
         "finish_matmul", "int8_gemv", "add_parts", "add_norm", "activate", "rotate_write", "attend_tokens",
         "attend_rows",
     }  # fmt: skip

@@ -8,7 +8,7 @@ from bigint8_kernels import gpu, ops, reference
 from bigint8_kernels.gpu_tiles import ARCHITECTURES, whole_gemv_tile
 from bigint8_kernels.reference_step import ReferenceOperations
 from bigint8_kernels.step import PAGE, Activation, Attention, Batch, Linear, Norm, pool_shape
-from bigint8_kernels.triton_activations import quantize_activations
+from bigint8_kernels.triton_activations import quantize_by_token
 from bigint8_kernels.triton_attention import PART_PAGES, parts_of, row_tiles
 from bigint8_kernels.triton_matmul import GATHERED
 from bigint8_kernels.triton_norm import LARGEST
@@ -90,11 +90,41 @@ def int8_layer(outputs: int, features: int, bias: torch.dtype | None = None, **s
 
 
 def rows_with_outliers(rows: int, features: int, dtype: torch.dtype) -> Tensor:
-    """Columns in which one token has an outlier, and others are just below the threshold."""
-    x = random(rows, features).clamp(-4, 4)
-    x[rows // 2, ::7] = 5.9
-    x[rows // 3, features // 2] = x[-1, 0] = -70.0
+    """Small rows, of which some have a value of 20 times their RMS, far below 6.0; a row with values just below its
+    bound in columns where others have outliers; a large row of values above 6.0 without an outlier; zeros."""
+    x = random(rows, features).clamp(-4, 4) * 0.05
+    x[rows // 2, ::7] = 0.2
+    for row, column in ((rows // 3, features // 2), (rows - 1, 0)):
+        x[row, column] = 0.0
+        rest = x[row].square().sum().item()
+        # 20 times the RMS of the row itself, where it is wide enough for that, else of its other values
+        x[row, column] = -20 * (rest / (features - 400 if features > 500 else features)) ** 0.5
+    if rows > 5:
+        x[2] = random(features, seed=1).sign() * 9.0
+        x[5] = 0.0
     return x.to(dtype)
+
+
+def outliers_of(x: Tensor, threshold: float) -> Tensor:
+    least = threshold * x.float().square().mean(1, keepdim=True).sqrt()
+    return (x.abs().float() >= least) & (least > 0)
+
+
+def assert_each_row_close(y: Tensor, expected: Tensor) -> None:
+    """To about the precision of X's format, relative to the row: an outlier more or less makes far more."""
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    limit = {torch.float16: 0.001, torch.bfloat16: 0.005, torch.float32: 1e-5}[y.dtype] * expected.abs().amax(1)
+    assert ((y.double() - expected.double()).abs().amax(1) <= limit).all()
+
+
+@pytest.mark.parametrize("features", [70, 600])
+def test_rows_have_outliers_below_6_and_values_above_6_that_are_none(features):
+    """What the tests below rely on: no threshold that is the same for all rows tells these apart."""
+    x = rows_with_outliers(9, features, torch.float32)
+    found, rms = outliers_of(x, 6.0), x.square().mean(1).sqrt()
+    assert found.any(1).tolist() == [row in (3, 8) for row in range(9)]
+    assert x[found].abs().max() < 6.0 < x[2].abs().min()
+    assert features == 70 or torch.allclose(x.abs().amax(1)[[3, 8]] / rms[[3, 8]], torch.tensor(20.0))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -105,6 +135,15 @@ def test_layers_side_by_side_are_the_reference(rows, few, dtype):
     for count in (1, 2, 3):
         y = ops.GpuOperations(batch).linear(x, layers[:count], "y")
         assert_close(y, ReferenceOperations(batch).linear(x, layers[:count], "y"), 0.01 if dtype != FLOATS[2] else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "features", "outputs"), [(9, 1100, 70), (20, 70, 40), (139, 70, 37)])
+def test_each_token_of_a_prompt_is_the_reference_to_the_precision_of_its_own_row(rows, features, outputs, dtype):
+    """With K split and whole, columns gathered and not."""
+    layer, x, batch = int8_layer(outputs, features), rows_with_outliers(rows, features, dtype), some_batch(rows, 0)
+    y = ops.GpuOperations(batch).linear(x, [layer], "y")
+    assert_each_row_close(y, ReferenceOperations(batch).linear(x, [layer], "y"))
 
 
 def test_each_layer_keeps_its_own_rows_in_16_bits():
@@ -129,29 +168,40 @@ def test_float_layers_beside_int8_layers_are_the_reference(dtype):
 def test_a_token_of_a_prompt_gets_the_same_bits_whoever_runs_with_it(rows, dtype):
     """Its neighbour's outliers are in other columns; the sums are exact or in the same order."""
     layer, x = int8_layer(40, 64), rows_with_outliers(rows, 64, dtype)
-    calm = x.clamp(-4, 4)
-    calm[3] = x[3]
-    batch = some_batch(rows, 0)
-    y, alone = (ops.GpuOperations(batch).linear(each, [layer], "y")[3] for each in (x, calm))
+    batch, token = some_batch(rows, 0), rows // 3
+    calm = torch.full_like(x, 0.1)
+    calm[token] = x[token]
+    y, alone = (ops.GpuOperations(batch).linear(each, [layer], "y")[token] for each in (x, calm))
     assert_close(y, alone, 1e-6 if dtype == torch.float32 else 0.002)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("columns", [70, 16384 + 5])
 def test_outliers_of_a_token_alone_are_left_out_bit_for_bit(columns, dtype):
-    x = rows_with_outliers(5, columns, dtype)
-    q, scale, listed, count = quantize_activations(x, 6.0, by_token=True)
-    outliers = x.abs().float() >= 6.0
+    x = rows_with_outliers(9, columns, dtype)
+    (q, scale, listed, count), least = quantize_by_token(x, 6.0)
+    outliers = outliers_of(x, 6.0)
+    assert outliers.any() and least is not None and torch.equal(x.abs().float() >= least[:, None], outliers)
+    assert torch.allclose(least[:5], 6 * x[:5].float().square().mean(1).sqrt(), rtol=1e-5) and least[5].isinf()
     q_expected, scale_expected = reference.quantize_rows(torch.where(outliers, 0.0, x.float()))
     assert torch.equal(q, q_expected) and torch.equal(scale, scale_expected)
     assert listed[: int(count)].tolist() == outliers.any(0).nonzero().flatten().tolist()
 
 
+def test_without_a_threshold_no_value_of_a_token_is_an_outlier():
+    x = rows_with_outliers(9, 70, torch.float16)
+    (q, scale, _, count), least = quantize_by_token(x, 0.0)
+    q_expected, scale_expected = reference.quantize_rows(x)
+    assert torch.equal(q, q_expected) and torch.equal(scale, scale_expected) and int(count) == 0 and least is None
+
+
 def test_more_outlier_columns_than_are_gathered_are_the_reference():
-    layer, x = int8_layer(24, GATHERED + 40), random(139, GATHERED + 40).half() * 3
+    """At a threshold of 2, five of a hundred values of a row are outliers; some in every column."""
+    layer, x = int8_layer(24, GATHERED + 40, threshold=2.0), random(139, GATHERED + 40).half()
+    assert outliers_of(x, 2.0).any(0).all()
     batch = some_batch(139, 0)
     y = ops.GpuOperations(batch).linear(x, [layer], "y")
-    assert_close(y, ReferenceOperations(batch).linear(x, [layer], "y"), 0.01)
+    assert_each_row_close(y, ReferenceOperations(batch).linear(x, [layer], "y"))
 
 
 @pytest.mark.parametrize("processors", [82, 132, 1000])

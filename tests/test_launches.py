@@ -135,10 +135,11 @@ def test_tokens_beside_a_prompt_attend_and_multiply_as_tokens_do(steps):
             assert step["launched"].count("int8_gemv_kernel") == 4
 
 
-def test_layers_of_one_x_quantize_it_once(steps):
+def test_layers_of_one_x_quantize_it_once_by_token(steps):
     for step in steps:
         if "prompt" in step["step"]:
-            assert step["launched"].count("quantize_activations_kernel") == 4, named(step)
+            quantizing = [name for name in step["launched"] if name.startswith(("mark", "quantize"))]
+            assert quantizing == ["mark_by_token_kernel", "quantize_activations_kernel"] * 4, named(step)
 
 
 def test_a_later_block_and_other_contexts_compile_nothing_and_cut_no_rows_into_tiles(steps):

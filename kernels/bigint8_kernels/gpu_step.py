@@ -25,7 +25,7 @@ from .gpu import ALIGNMENT, MOST_GEMV_ROWS, Gpu, matmul_tiles_of
 from .gpu_tiles import whole_gemv_tile
 from .reference import round_to_16bit
 from .step import Attention, Batch, Linear
-from .triton_activations import quantize_activations
+from .triton_activations import quantize_by_token
 from .triton_attention import MOST_COUNTERS, attend_rows, attend_tokens
 from .triton_gemv import MOST_LAYERS, int8_gemv_side_by_side
 from .triton_heads import rotate_write
@@ -87,15 +87,15 @@ def _linear_16bit(x_TK: Tensor, layers: Sequence[Linear], y_TN: Tensor, gpu: Gpu
 
 def _linear_int8(x_TK: Tensor, layers: Sequence[Linear], y_TN: Tensor, gpu: Gpu) -> None:
     """Outliers are single values of a token. X is quantized once for all layers of one threshold."""
-    quantized: dict[float, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+    quantized: dict[float, tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]] = {}
     for layer, y in _columns(layers, y_TN):
         threshold = float(layer.threshold)
         if threshold not in quantized:
-            quantized[threshold] = quantize_activations(x_TK, threshold, by_token=True)
-        q_TK, x_scale_T, outliers_C, count = quantized[threshold]
+            quantized[threshold] = quantize_by_token(x_TK, threshold)
+        (q_TK, x_scale_T, outliers_C, count), least_T = quantized[threshold]
         tiles = matmul_tiles_of(x_TK, len(layer.weight), gpu)
         int8_matmul(
-            q_TK, x_scale_T, x_TK, outliers_C, count, layer.weight, scale_of(layer), layer.bias, tiles, threshold, y
+            q_TK, x_scale_T, x_TK, outliers_C, count, layer.weight, scale_of(layer), layer.bias, tiles, least_T, y
         )
 
 

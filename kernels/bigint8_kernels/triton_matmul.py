@@ -4,6 +4,8 @@
 
 Xq is zero in the outlier columns, so the first sum runs over all of K without a gap. The second takes the columns that
 `quantize_activations` listed, as many as its count says, which the kernel reads itself: nothing waits for the host.
+By token, outliers are single values: in the listed columns, X counts as zero where |X[t, c]| < least[t], the bound of
+the row that `quantize_by_token` stored, and Xq is zero where it does not.
 Where several tiles of rows need these columns of W, a kernel of its own gathers them first, once: in W they are single
 bytes, each of which brings 32 from memory. An int8 number is exact in float16, bfloat16 and float32, so the columns of
 W are dequantized by a conversion in registers, and the scale of W is multiplied into both sums at once.
@@ -66,16 +68,17 @@ def gather_columns_kernel(
 
 @triton.jit
 def _finish(
-    acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
-    y_stride, least, has_bias, is_gathered, BLOCK_C: tl.constexpr,
+    acc, x, x_scale, least, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
+    y_stride, by_token, has_bias, is_gathered, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The outlier part, both scales and the bias, and the store of a tile of Y.
 
-    Values of these columns below `least` are in the int8 part, and zero here.
+    If `by_token`, values of these columns below `least` float32 (T,) are in the int8 part, and zero here.
     If `is_gathered`, the first columns are in `w_outliers` int8 (N, GATHERED), the others in `w`; else all are in `w`.
     """
     t_safe, n_safe = t % rows, n % outputs  # rows beyond the end read others', and are not stored
     total = acc.to(tl.float32) * tl.load(x_scale + t_safe)[:, None]
+    bound = tl.load(least + t_safe, mask=t_safe < rows * by_token, other=0.0)[:, None]
     found = tl.load(count)
     x_rows = x + t_safe.to(tl.int64)[:, None] * x_stride
     w_rows = w + n_safe.to(tl.int64)[:, None] * features
@@ -85,14 +88,14 @@ def _finish(
         c = start + tl.arange(0, BLOCK_C)
         column = tl.load(outliers + c, mask=c < found, other=0)
         x_TC = tl.load(x_rows + column[None, :], mask=(c < gathered)[None, :], other=0.0)
-        x_TC = tl.where(tl.abs(x_TC.to(tl.float32)) < least, 0.0, x_TC)
+        x_TC = tl.where(tl.abs(x_TC.to(tl.float32)) < bound, 0.0, x_TC)
         w_NC = int8_to(tl.load(column_rows + c[None, :]), x_TC.dtype)
         total = tl.dot(x_TC, tl.trans(w_NC), total, input_precision="ieee")
     for start in range(gathered, found, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         column = tl.load(outliers + c, mask=c < found, other=0)
         x_TC = tl.load(x_rows + column[None, :], mask=(c < found)[None, :], other=0.0)
-        x_TC = tl.where(tl.abs(x_TC.to(tl.float32)) < least, 0.0, x_TC)
+        x_TC = tl.where(tl.abs(x_TC.to(tl.float32)) < bound, 0.0, x_TC)
         w_NC = int8_to(tl.load(w_rows + column[None, :]), x_TC.dtype)
         total = tl.dot(x_TC, tl.trans(w_NC), total, input_precision="ieee")
     total *= tl.load(w_scale + n_safe)[None, :]
@@ -101,10 +104,10 @@ def _finish(
     tl.store(y + t.to(tl.int64)[:, None] * y_stride + n[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "bucket", "least", "has_bias", "is_gathered", "split"])
+@triton.jit(do_not_specialize=["rows", "bucket", "by_token", "has_bias", "is_gathered", "split"])
 def int8_matmul_kernel(
-    q, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, sums,
-    rows, outputs, features, x_stride, y_stride, bucket, least, has_bias, is_gathered, split,
+    q, x, x_scale, least, w, w_scale, bias, outliers, count, w_outliers, y, sums,
+    rows, outputs, features, x_stride, y_stride, bucket, by_token, has_bias, is_gathered, split,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -135,15 +138,15 @@ def int8_matmul_kernel(
         tl.atomic_add(sums + place, acc, mask=inside, sem="relaxed")
     else:
         _finish(
-            acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
-            y_stride, least, has_bias, is_gathered, BLOCK_C,
+            acc, x, x_scale, least, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features,
+            x_stride, y_stride, by_token, has_bias, is_gathered, BLOCK_C,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "least", "has_bias", "is_gathered"])
+@triton.jit(do_not_specialize=["rows", "by_token", "has_bias", "is_gathered"])
 def finish_matmul_kernel(
-    x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, sums,
-    rows, outputs, features, x_stride, y_stride, least, has_bias, is_gathered,
+    x, x_scale, least, w, w_scale, bias, outliers, count, w_outliers, y, sums,
+    rows, outputs, features, x_stride, y_stride, by_token, has_bias, is_gathered,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of Y from `sums` int32 (T, N), where K was split."""
@@ -152,8 +155,8 @@ def finish_matmul_kernel(
     inside = (t < rows)[:, None] & (n < outputs)[None, :]
     acc = tl.load(sums + t.to(tl.int64)[:, None] * outputs + n[None, :], mask=inside, other=0)
     _finish(
-        acc, x, x_scale, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features, x_stride,
-        y_stride, least, has_bias, is_gathered, BLOCK_C,
+        acc, x, x_scale, least, w, w_scale, bias, outliers, count, w_outliers, y, t, n, rows, outputs, features,
+        x_stride, y_stride, by_token, has_bias, is_gathered, BLOCK_C,
     )  # fmt: skip
 
 
@@ -189,13 +192,13 @@ def int8_matmul(
     scale_N: Tensor,
     bias_N: Tensor | None,
     tiles: tuple[MatmulTile, ...],
-    least: float = 0.0,
+    least_T: Tensor | None = None,
     y_TN: Tensor | None = None,
 ) -> Tensor:
     """Y (T, N) in X's dtype, of what `triton_activations.quantize_activations` gave for X (T, K), rows maybe apart.
 
-    One tile is used as it is; of several, which do not split K and need no masks, the fastest on this GPU. `least` is
-    the threshold where outliers are single values, 0 where they are whole columns. Y goes to `y_TN`, if that is given.
+    One tile is used as it is; of several, which do not split K and need no masks, the fastest on this GPU. With the
+    `least_T` of `quantize_by_token`, outliers are single values, without it whole columns. Y goes to `y_TN`, if given.
     """
     rows, features = q_TK.shape
     outputs = weight_NK.shape[0]
@@ -207,8 +210,9 @@ def int8_matmul(
         w_outliers = _gather_columns(weight_NK, outliers_C, count)
     bias, has_bias = y_TN if bias_N is None else bias_N, int(bias_N is not None)
     sizes = rows, outputs, features, x_TK.stride(0), y_TN.stride(0)
-    flags = float(least), has_bias, is_gathered
-    pointers = q_TK, x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, w_outliers, y_TN, sums
+    flags = int(least_T is not None), has_bias, is_gathered
+    least_T = x_scale_T if least_T is None else least_T
+    finishing = x_TK, x_scale_T, least_T, weight_NK, scale_N, bias, outliers_C, count, w_outliers, y_TN, sums
 
     def grid(chosen: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(rows, chosen["BLOCK_T"]) * triton.cdiv(outputs, chosen["BLOCK_N"]), split
@@ -216,19 +220,18 @@ def int8_matmul(
     shape = x_TK.device, x_TK.dtype, bucket, outputs, features
     if len(tiles) > 1 and shape not in _untuned:
         try:
-            _tuned(tiles)[grid](*pointers, *sizes, bucket, *flags, split, **FUSED)
+            _tuned(tiles)[grid](q_TK, *finishing, *sizes, bucket, *flags, split, **FUSED)
             return y_TN
         except torch.OutOfMemoryError:  # to time tiles, Triton takes 256 MiB, which a full GPU may not have
             _untuned.add(shape)
     tile = tiles[0]
     int8_matmul_kernel[grid](
-        *pointers, *sizes, bucket, *flags, split, **_constants(tile),
+        q_TK, *finishing, *sizes, bucket, *flags, split, **_constants(tile),
         WHOLE=features % (tile.depth * split) == 0, num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if split > 1:
         finish_matmul_kernel[triton.cdiv(outputs, FINISH.outputs), triton.cdiv(rows, FINISH.rows)](
-            x_TK, x_scale_T, weight_NK, scale_N, bias, outliers_C, count, w_outliers, y_TN, sums, *sizes, *flags,
-            BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers,
+            *finishing, *sizes, *flags, BLOCK_T=FINISH.rows, BLOCK_N=FINISH.outputs, BLOCK_C=FINISH.outliers,
             num_warps=FINISH.warps, num_stages=FINISH.stages, **FUSED,
         )  # fmt: skip
     return y_TN

@@ -50,6 +50,7 @@ class Variant:
 KERNELS: dict[str, Any] = {
     "quantize_rows": triton_weights.quantize_rows_kernel,
     "mark_outliers": triton_activations.mark_outliers_kernel,
+    "mark_by_token": triton_activations.mark_by_token_kernel,
     "quantize_activations": triton_activations.quantize_activations_kernel,
     "int8_matmul": triton_matmul.int8_matmul_kernel,
     "gather_columns": triton_matmul.gather_columns_kernel,
@@ -67,12 +68,12 @@ _POINTERS = {
     "*{dtype}": "source x y bias bias_2 bias_3 delta weight qkv queries q_out pool q_weight q_bias k_weight k_bias",
     "*i8": "out q w w_2 w_3 marks w_outliers",
     "*i32": "bad outliers count sums places sequences table tiles counters",
-    "*fp32": "scale x_scale w_scale w_scale_2 w_scale_3 parts cos sin slopes part_values part_sums",
+    "*fp32": "scale x_scale least w_scale w_scale_2 w_scale_3 parts cos sin slopes part_values part_sums",
 }
 POINTERS = {name: kind for kind, names in _POINTERS.items() for name in names.split()}
 """What the arguments of this name point to, in all kernels."""
 
-FLOAT_NUMBERS = ("threshold", "least", "epsilon", "q_epsilon", "k_epsilon", "score_scale")
+FLOAT_NUMBERS = ("threshold", "epsilon", "q_epsilon", "k_epsilon", "score_scale")
 """Arguments that are float32 numbers; all others are int32."""
 
 
@@ -84,6 +85,7 @@ def variants(capability: int) -> Iterator[Variant]:
             chosen = (("BLOCK", block), ("WIDE", wide))
             label = f"{block}{' and more' if wide else ''}"
             yield Variant("quantize_rows", capability, dtype, chosen, warps, 3, label)
+            yield Variant("mark_by_token", capability, dtype, chosen, warps, 3, label)
             listed = (*chosen, ("LIST", triton_activations.LIST_BLOCK))
             yield Variant("quantize_activations", capability, dtype, listed, warps, 3, label)
         marks = (("BLOCK_ROWS", triton_activations.MARK_ROWS), ("BLOCK_COLUMNS", triton_activations.MARK_COLUMNS))
