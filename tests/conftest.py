@@ -28,6 +28,7 @@ import torch
 if not torch.cuda.is_available():  # before triton is imported: it asks once
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from architectures import architectures_compiled
 from commands import Command, Ended
 from folders import save_tokenizer
 from tiny import save_tiny
@@ -108,6 +109,7 @@ class Compilation:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(self._report.parent)
         command = [sys.executable, "-m", "bigint8_kernels.resources", "--json", str(self._report)]
+        command += [word for number in architectures_compiled() for word in ("--architecture", str(number))]
         with self._log.open("wb") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         self._process = process

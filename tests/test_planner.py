@@ -80,6 +80,22 @@ def test_no_other_cut_leaves_the_fullest_device_emptier(blocks, sizes, embedding
         assert best <= fullest(replace(plan, stages=tuple(stages))) + 1e-12
 
 
+@pytest.mark.parametrize(("name", "cuts"), [("tinyllama-1.1b", (12, 22)), ("smollm2-135m", (7, 30))])
+def test_cpu_workers_read_as_much_as_each_other_in_a_step(name, cuts):
+    """They share the memory of their box; the head counts where it is, with the embeddings if it is tied to them."""
+    plan = make_plan(preset(name), [Device("cpu", "test", 2**34, "bfloat16")] * 2, Workload())
+    assert tuple(stage.last_block for stage in plan.stages) == cuts
+
+
+def test_cpu_workers_without_room_for_that_are_cut_as_they_fit():
+    spec = preset("tinyllama-1.1b")
+    roomy = make_plan(spec, [Device("cpu", "test", 2**34, "bfloat16")] * 2, Workload())
+    needed = [stage.device.usable_bytes - stage.headroom_bytes for stage in roomy.stages]
+    tight = [Device("cpu", "test", needed[0] - 1, "bfloat16"), Device("cpu", "test", 2**34, "bfloat16")]
+    plan = make_plan(spec, tight, Workload())
+    assert plan.stages[0].last_block < roomy.stages[0].last_block and plan.stages[0].headroom_bytes >= 0
+
+
 def test_opt_175b_fits_eight_3090s_with_every_block_on_a_gpu():
     plan = make_plan(preset("opt-175b"), preset_gpus("rtx-3090", 8), Workload())
     assert [stage.last_block - stage.first_block for stage in plan.stages] == [12] * 8

@@ -134,7 +134,7 @@ class _Draft:
     def best_cut(self, devices: Sequence[Device]) -> list[int]:
         """Block indices where the stages begin, and the end: dynamic programming over (device, blocks placed).
 
-        Minimises the largest share of a device's memory that its stage fills.
+        Minimises the largest share of a device's memory that its stage fills; over CPUs, of what a step reads.
         """
         blocks, count = len(self.layout.blocks), len(devices)
         below = [0]
@@ -145,9 +145,14 @@ class _Draft:
         front = self.layout.part(0, 0).weight_bytes(self._size)
         back = self.layout.part(blocks, blocks).weight_bytes(self._size)
 
-        def share(device: int, first: int, last: int) -> float:
+        reads = self._reads() if all(device.kind == "cpu" for device in devices) else None
+
+        def cost(device: int, first: int, last: int) -> float:
             used = below[last] - below[first] + (front if first == 0 else 0) + (back if last == blocks else 0)
-            return (used + workspaces[device]) / max(1, devices[device].usable_bytes)
+            filled = (used + workspaces[device]) / max(1, devices[device].usable_bytes)
+            if reads is None:
+                return filled
+            return (reads[last] - reads[first]) / reads[-1] if filled <= 1 else 1 + filled
 
         best = [[inf] * (blocks + 1) for _ in range(count + 1)]
         came_from = [[0] * (blocks + 1) for _ in range(count + 1)]
@@ -155,13 +160,26 @@ class _Draft:
         for d in range(1, count + 1):
             for last in range(d, blocks - (count - d) + 1):
                 for first in range(d - 1, last):
-                    fullest = max(best[d - 1][first], share(d - 1, first, last))
-                    if fullest < best[d][last]:
-                        best[d][last], came_from[d][last] = fullest, first
+                    worst = max(best[d - 1][first], cost(d - 1, first, last))
+                    if worst < best[d][last]:
+                        best[d][last], came_from[d][last] = worst, first
         cuts = [blocks]
         for d in range(count, 0, -1):
             cuts.append(came_from[d][cuts[-1]])
         return cuts[::-1]
+
+    def _reads(self) -> list[int]:
+        """Bytes that a step reads before each block, and in all: weights of blocks, and of the head with the first or last.
+
+        CPU workers of one box share its memory, so it does not matter which has more of it. The stage that takes
+        longest decides how fast all are, and that is the one that reads most.
+        """
+        layout = self.layout
+        reads = [0]
+        for block in layout.blocks:
+            reads.append(reads[-1] + block.part.weight_bytes(self._size))
+        head = (layout.first[0] if layout.tied else layout.head).part.weight_bytes(self._size)
+        return [0, *(read + head for read in reads[1:])] if layout.tied else [*reads[:-1], reads[-1] + head]
 
     def fill(self, devices: Sequence[Device]) -> list[Stage] | None:
         """Stages that fill each device before the next, on the fewest of equal devices. None if it does not fit."""
