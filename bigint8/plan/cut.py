@@ -169,7 +169,7 @@ class _Draft:
         return cuts[::-1]
 
     def _reads(self) -> list[int]:
-        """Bytes that a step reads before each block, and in all: weights of blocks, and of the head with the first or last.
+        """Bytes that a step reads before each block, and in all: of blocks, and of the head where it is.
 
         CPU workers of one box share its memory, so it does not matter which has more of it. The stage that takes
         longest decides how fast all are, and that is the one that reads most.
