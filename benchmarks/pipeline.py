@@ -116,7 +116,9 @@ def run_llama_cpp(file: Path, requests: int, prompt: int, tokens: int) -> Figure
     import numpy as np
 
     threads = len(os.sched_getaffinity(0))
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept, or it is called after it is gone
+    llama_cpp.llama_log_set(quiet, None)
+    llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = requests * (prompt + tokens + 16), 2048, 512
