@@ -31,19 +31,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the tiles must fit into: `shared_bytes` of a block, and `threads` an SM."""
+    """What the tiles must fit into: `shared_bytes` of a block, `threads` and `blocks` an SM."""
 
     capability: int
     shared_bytes: int
     threads: int
+    blocks: int
 
 
 ARCHITECTURES = {
-    80: Architecture(80, 163 * 1024, 2048),
-    86: Architecture(86, 99 * 1024, 1536),
-    89: Architecture(89, 99 * 1024, 1536),
-    90: Architecture(90, 227 * 1024, 2048),
-    120: Architecture(120, 99 * 1024, 1536),
+    80: Architecture(80, 163 * 1024, 2048, 32),
+    86: Architecture(86, 99 * 1024, 1536, 16),
+    89: Architecture(89, 99 * 1024, 1536, 24),
+    90: Architecture(90, 227 * 1024, 2048, 32),
+    120: Architecture(120, 99 * 1024, 1536, 24),
 }
 """By compute capability times ten: A100, RTX 30, RTX 40, H100, RTX 50."""
 

@@ -95,7 +95,7 @@ def resources_of(variant: Variant) -> Resources:
     by_threads = architecture.threads // (WARP * variant.warps)
     # a KB of each block's shared memory is the system's
     by_shared = (architecture.shared_bytes + 1024) // (shared + 1024)
-    blocks = min(by_registers, by_threads, by_shared)
+    blocks = min(by_registers, by_threads, by_shared, architecture.blocks)
     return Resources(
         variant, found["REG"], found["LOCAL"] + found["STACK"], shared, blocks,
         blocks * WARP * variant.warps / architecture.threads, _count(lines), _count(_inner_loop(lines)),
