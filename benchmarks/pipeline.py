@@ -1,6 +1,6 @@
 """Many requests at once through a pipeline of two CPU workers, one core each, against one step at a time.
 
-python benchmarks/pipeline.py [--model tinyllama-1.1b] [--requests 16] [--prompt 64] [--tokens 32] [--rounds 3] [--hops]
+python benchmarks/pipeline.py [--model tinyllama-1.1b] [--requests 16] [--prompt 64] [--tokens 64] [--rounds 3] [--hops]
 
 Sides, each in processes of its own, one after the other in each round: bigint8 with as many steps under way as it wants
 (one more than stages); the same with one step under way, so that the stages work one after the other; and llama.cpp,
@@ -35,7 +35,7 @@ def main(
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of that preset's shape.")] = None,
     requests: Annotated[int, typer.Option(min=1)] = 16,
     prompt: Annotated[int, typer.Option(min=1)] = 64,
-    tokens: Annotated[int, typer.Option(min=2)] = 32,
+    tokens: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     hops: Annotated[bool, typer.Option("--hops", help="Time hops between two workers instead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,

@@ -100,8 +100,8 @@ def test_two_workers_write_text_and_a_report(run, tmp_path):
     )  # fmt: skip
     assert ended.code == 0, ended.error
     assert "Paris" in ended.out
-    for worker in (0, 1):
-        assert f"worker {worker} (" in ended.error and "135 MB of 135 MB" in ended.error, "plain progress lines"
+    for worker, size in enumerate(("106 MB", "163 MB")):  # with the head, the first has fewer blocks
+        assert re.search(rf"^worker {worker} \(.*: {size} of {size}$", ended.error, re.MULTILINE), "plain progress lines"
     assert "269 MB read at " in ended.out and "B/s" in ended.out
     written = json.loads(report.read_text())
     assert [generation["prompt"] for generation in written["generations"]] == prompts
