@@ -101,7 +101,8 @@ def test_two_workers_write_text_and_a_report(run, tmp_path):
     assert ended.code == 0, ended.error
     assert "Paris" in ended.out
     for worker, size in enumerate(("106 MB", "163 MB")):  # with the head, the first has fewer blocks
-        assert re.search(rf"^worker {worker} \(.*: {size} of {size}$", ended.error, re.MULTILINE), "plain progress lines"
+        line = rf"^worker {worker} \(.*: {size} of {size}$"
+        assert re.search(line, ended.error, re.MULTILINE), "plain progress lines"
     assert "269 MB read at " in ended.out and "B/s" in ended.out
     written = json.loads(report.read_text())
     assert [generation["prompt"] for generation in written["generations"]] == prompts

@@ -58,9 +58,9 @@ class Generator:
             raise BigInt8Error(f"{', '.join(sorted(unknown))}: no such setting; see transformers' GenerationConfig")
         if config.max_new_tokens is None and config.max_length is None:
             config.max_new_tokens = self._context - len(ids)
-        if self._text is not None:
+        if self._text is not None and "eos_token_id" not in settings:
             config.eos_token_id = self._text.ends(config)
-        elif config.stop_strings:
+        elif self._text is None and config.stop_strings:
             self._read_text()  # raises what is wrong with it
         decode = None if self._text is None else self._text.decode
         return self._engine.submit(ids, settings_from(config, len(ids), seed), decode), len(ids)
