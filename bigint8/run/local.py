@@ -155,7 +155,8 @@ def _paged_class(kind: Any) -> Any:
             if input_ids is not None:
                 args = (input_ids, *args)
             return kind.forward(self, *args, **kwargs)
-        kept = paged or kwargs.get("use_cache", self.config.use_cache)
+        use_cache = kwargs.get("use_cache")
+        kept = paged or (self.config.use_cache if use_cache is None else use_cache)
         cache = PagedCache(self.engine) if cache is None else cache
         logits = cache.forward(
             input_ids,
