@@ -209,6 +209,8 @@ def time_requests(pipeline: Any, batch: int, prompt: int, tokens: int) -> Figure
         thread.join()
     prefilled = max(times[0] for times in came)
     later = [at for at in came[0] if at >= prefilled]
+    if len(later) < 2:
+        raise RuntimeError(f"{tokens} tokens are too few: some requests got their first when others had their last")
     step = statistics.median(b - a for a, b in itertools.pairwise(later))
     size, rate = step_bytes(pipeline.model), read_rate()
     return {

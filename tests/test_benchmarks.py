@@ -122,7 +122,7 @@ def test_generate_measures_prefill_and_decode(bench, monkeypatch, tmp_path):
     generate = bench("generate")
     run_sides_here(generate, monkeypatch)
     save_tiny("llama", False, tmp_path / "model")
-    options = ["--checkpoint", str(tmp_path / "model"), "--prompt", "16", "--tokens", "2", "--rounds", "1"]
+    options = ["--checkpoint", str(tmp_path / "model"), "--prompt", "16", "--tokens", "12", "--rounds", "1"]
     without = [word for side in ("bitsandbytes", "llama.cpp Q8_0", "bfloat16") for word in ("--without", side)]
     output = run(generate, "tiny", *options, "--batch", "2", *without, "--json", str(tmp_path / "j"))
     decode, prefill = json.loads((tmp_path / "j").read_text())["comparisons"]
