@@ -71,12 +71,6 @@ class StageModel(nn.Module):
         """Its blocks, in order; `indices` has their numbers in the model."""
         return list(cast(nn.ModuleList, self.part(self.family.blocks)))
 
-    def new_cache(self) -> Any:
-        """An empty key-value cache for this stage's blocks."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.config)
-
     def forward(
         self,
         inputs: Tensor,
