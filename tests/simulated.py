@@ -11,13 +11,24 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
+import pytest
 
 from bigint8.model.step import CHOICE, Result, Step
 from bigint8.options import PAGE_TOKENS
+from bigint8.run import sequence
 from bigint8.run.pages import PageGroup
 from bigint8.run.scheduler import Scheduler
 from bigint8.run.settings import Settings
 from bigint8.run.stages import StageLost, StageStats
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_prompts():
+    """Prompts of at most 16 tokens are short here, so that few tokens make a long one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequence, "SHORT_PROMPT", 16)
+        yield
+
 
 VOCABULARY = 97
 

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated import Alone, SimulatedStages, alone, check_pages, nothing_left
+from simulated import Alone, SimulatedStages, alone, check_pages, nothing_left, short_prompts  # noqa: F401  (a fixture for all tests here)
 
 from bigint8.errors import BigInt8Error, PlanError, WorkerError
 from bigint8.model.step import Result
 from bigint8.options import Workload
-from bigint8.run import sequence
 from bigint8.run.engine import MAX_RESTARTS, Engine
 from bigint8.run.pages import PageGroup
 from bigint8.run.settings import Settings
@@ -23,14 +22,6 @@ from bigint8.run.stages import LocalStages, StageLost
 from bigint8.run.trace import Trace
 
 FULL, WINDOW = PageGroup(None, 64), PageGroup(20, 64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_prompts():
-    """Prompts of at most 16 tokens are short here, so that few tokens make a long one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequence, "SHORT_PROMPT", 16)
-        yield
 
 
 WORK = Workload(context=256, sequences=8, chunk=32)

@@ -77,14 +77,8 @@ class Generator:
 
         A prompt is a text, a list of token ids, or a conversation: a list of {"role": ..., "content": ...}.
         """
-        asked = [self.submit(prompt, generation_config, seed=seed, **settings) for prompt in _each(prompts)]
-        try:
-            return [self._answer(one.result(), tokens) for completion, tokens in asked for one in completion.sequences]
-        except BaseException:  # Ctrl-C too: what nobody waits for any more need not run
-            for completion, _ in asked:
-                for one in completion.sequences:
-                    one.cancel()
-            raise
+        with self._asked(prompts, generation_config, seed, settings) as asked:
+            return [self._answer(one.result(), tokens) for one, tokens in asked]
 
     def stream(self, prompt: Prompt, generation_config: Any = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
         """The answer to one prompt, piece by piece as it is made. To stop early, close the iterator."""
@@ -108,19 +102,14 @@ class Generator:
         **settings: Any,
     ) -> list[Answer]:
         """`generate` for asyncio: other tasks go on meanwhile. Requests end when the task is cancelled."""
-        asked = [self.submit(prompt, generation_config, seed=seed, **settings) for prompt in _each(prompts)]
-        waiting = [(one, tokens) for completion, tokens in asked for one in completion.sequences]
 
         async def tokens_of(one: Completion) -> None:
             async for _ in one:
                 pass
 
-        try:
-            await asyncio.gather(*(tokens_of(one) for one, _ in waiting))
-        finally:
-            for one, _ in waiting:
-                one.cancel()
-        return [self._answer(one.result(), tokens) for one, tokens in waiting]
+        with self._asked(prompts, generation_config, seed, settings) as asked:
+            await asyncio.gather(*(tokens_of(one) for one, _ in asked))
+            return [self._answer(one.result(), tokens) for one, tokens in asked]
 
     async def astream(
         self, prompt: Prompt, generation_config: Any = None, *, seed: int = 0, **settings: Any
@@ -140,6 +129,20 @@ class Generator:
     def stats(self) -> EngineStats:
         """Tokens a second, the queue, and the busy share and memory of each stage."""
         return self._engine.stats()
+
+    @contextlib.contextmanager
+    def _asked(
+        self, prompts: Prompt | Sequence[Prompt], generation_config: Any, seed: int, settings: Mapping[str, Any]
+    ) -> Iterator[list[tuple[Completion, int]]]:
+        """All answers that are asked for, in order, each with the prompt's tokens. What nobody waits for any more in
+        the end, after Ctrl-C too, is cancelled."""
+        each = [self.submit(prompt, generation_config, seed=seed, **settings) for prompt in _each(prompts)]
+        asked = [(one, tokens) for completion, tokens in each for one in completion.sequences]
+        try:
+            yield asked
+        finally:
+            for one, _ in asked:
+                one.cancel()
 
     def _answer(self, generated: Generated, prompt_tokens: int) -> Answer:
         text = "" if self._text is None else self._text.decode(generated.tokens)
