@@ -15,7 +15,7 @@ import pytest
 
 from bigint8.model.step import CHOICE, Result, Step
 from bigint8.options import PAGE_TOKENS
-from bigint8.run import sequence
+from bigint8.run import sequence as sequence_module
 from bigint8.run.pages import PageGroup
 from bigint8.run.scheduler import Scheduler
 from bigint8.run.settings import Settings
@@ -26,7 +26,7 @@ from bigint8.run.stages import StageLost, StageStats
 def short_prompts():
     """Prompts of at most 16 tokens are short here, so that few tokens make a long one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequence, "SHORT_PROMPT", 16)
+        patch.setattr(sequence_module, "SHORT_PROMPT", 16)
         yield
 
 
