@@ -12,7 +12,10 @@ from bigint8.families.layout import Layout, Module, Part, Sizes
 from bigint8.options import PAGE_TOKENS, Access, Int8Config, Workload
 from bigint8.plan.cut import fewest_devices, fill_in_order, make_plan
 from bigint8.plan.devices import HOST_RESERVE_BYTES, Device, find_devices, gpu_presets, pick_dtype, preset_gpus
+from bigint8.plan.draft import Draft
+from bigint8.plan.predict import PlanTimes
 from bigint8.plan.spec import ModelSpec, spec_of
+from bigint8.plan.speed import UNKNOWN_CORE
 from bigint8.sources.find import find_source
 
 SHORT = Workload(context=PAGE_TOKENS)
@@ -55,6 +58,9 @@ def fullest(plan) -> float:
     return max(1 - stage.headroom_bytes / stage.device.usable_bytes for stage in plan.stages)
 
 
+CORE = Device("cpu", "test", 2**34, "bfloat16", UNKNOWN_CORE)
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.integers(1, 10**9), min_size=3, max_size=9),
@@ -62,38 +68,45 @@ def fullest(plan) -> float:
     st.integers(0, 10**9),
     st.integers(0, 10**9),
 )
-def test_no_other_cut_leaves_the_fullest_device_emptier(blocks, sizes, embeddings, head):
+def test_of_cuts_as_fast_as_any_the_fullest_device_is_emptiest(blocks, sizes, embeddings, head):
     spec, devices = spec_with(blocks, embeddings, head), devices_with(sizes)
-    layout = spec.layout
     plan = make_plan(spec, devices, SHORT)
     assert plan.stages[0].first_block == 0 and plan.stages[-1].last_block == len(blocks)
-    best = fullest(plan)
-    for cuts in combinations(range(1, len(blocks)), len(devices) - 1):
-        bounds = [0, *cuts, len(blocks)]
-        stages = []
-        for stage, first, last in zip(plan.stages, bounds[:-1], bounds[1:], strict=True):
-            part = sum((block.part for block in layout.blocks[first:last]), Part())
-            part += layout.first[0].part if first == 0 else Part()
-            part += layout.head.part if last == len(blocks) else Part()
-            kv = (last - first) * 4 * PAGE_TOKENS * 2
-            stages.append(replace(stage, weight_bytes=part.weight_bytes(2), kv_bytes=kv))
-        assert best <= fullest(replace(plan, stages=tuple(stages))) + 1e-12
+    count, draft = len(plan.stages), Draft(spec, SHORT, plan.dtype, len(plan.stages))
+    cuts = [[0, *inner, len(blocks)] for inner in combinations(range(1, len(blocks)), count - 1)]
+    plans = [draft.plan(bounds, [stage.device for stage in plan.stages]) for bounds in cuts]
+    least = min(slowest(other) for other in plans)
+    assert slowest(plan) == pytest.approx(least, rel=1e-9)
+    best = min(fullest(other) for other in plans if slowest(other) <= least * (1 + 1e-9))
+    assert fullest(plan) <= best + 1e-12
 
 
-@pytest.mark.parametrize(("name", "cuts"), [("tinyllama-1.1b", (12, 22)), ("smollm2-135m", (7, 30))])
-def test_cpu_workers_read_as_much_as_each_other_in_a_step(name, cuts):
-    """They share the memory of their box; the head counts where it is, with the embeddings if it is tied to them."""
-    plan = make_plan(preset(name), [Device("cpu", "test", 2**34, "bfloat16")] * 2, Workload())
+def slowest(plan) -> float:
+    return max(PlanTimes(plan).decode(1, plan.workload.context).stages)
+
+
+@pytest.mark.parametrize(("name", "cuts"), [("tinyllama-1.1b", (12, 22)), ("smollm2-135m", (10, 30))])
+def test_cpu_workers_take_as_long_as_each_other_in_a_step(name, cuts):
+    """The head counts where it is, with the embeddings if it is tied to them."""
+    plan = make_plan(preset(name), [CORE] * 2, Workload())
     assert tuple(stage.last_block for stage in plan.stages) == cuts
 
 
 def test_cpu_workers_without_room_for_that_are_cut_as_they_fit():
     spec = preset("tinyllama-1.1b")
-    roomy = make_plan(spec, [Device("cpu", "test", 2**34, "bfloat16")] * 2, Workload())
-    needed = [stage.device.usable_bytes - stage.headroom_bytes for stage in roomy.stages]
-    tight = [Device("cpu", "test", needed[0] - 1, "bfloat16"), Device("cpu", "test", 2**34, "bfloat16")]
-    plan = make_plan(spec, tight, Workload())
-    assert plan.stages[0].last_block < roomy.stages[0].last_block and plan.stages[0].headroom_bytes >= 0
+    roomy = make_plan(spec, [CORE] * 2, Workload())
+    needed = [CORE.usable_bytes - stage.headroom_bytes for stage in roomy.stages]
+    plan = make_plan(spec, [replace(CORE, usable_bytes=min(needed) - 1), CORE], Workload())
+    small = next(stage for stage in plan.stages if stage.device.usable_bytes < CORE.usable_bytes)
+    assert small.headroom_bytes >= 0 and small.last_block - small.first_block < 11
+    assert slowest(plan) > slowest(roomy)
+
+
+def test_a_device_that_makes_no_stage_faster_is_left_out_by_name():
+    slow = replace(preset_gpus("rtx-3060", 1)[0], name="cuda:2")
+    plan = make_plan(spec_with([10**9] * 3, head=10**10), [*preset_gpus("a100-80gb", 2), slow], SHORT)
+    assert [stage.device.name for stage in plan.stages] == ["cuda:0", "cuda:1"]
+    assert plan.notes == ("left out, since no stage would be faster with it: cuda:2 (NVIDIA GeForce RTX 3060)",)
 
 
 def test_opt_175b_fits_eight_3090s_with_every_block_on_a_gpu():

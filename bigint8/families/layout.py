@@ -27,6 +27,11 @@ class Part:
         """Bytes on a device where a value of the model's own dtype takes `dtype_bytes`."""
         return self.int8_values + 4 * self.int8_rows + dtype_bytes * self.other_values + 2 * self.table_values
 
+    def stored_bytes(self, dtype_bytes: int, int8: bool) -> int:
+        """Bytes in a checkpoint whose floats take `dtype_bytes`, and whose int8 layers are `int8` or floats there."""
+        layers = self.int8_values + 4 * self.int8_rows if int8 else dtype_bytes * self.int8_values
+        return layers + dtype_bytes * (self.other_values + self.table_values)
+
     def __add__(self, other: "Part") -> "Part":
         return Part(
             self.int8_values + other.int8_values,

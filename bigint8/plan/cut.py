@@ -1,19 +1,20 @@
 """Where a model is cut into stages. Pure functions over plain data.
 
-The cut is exact: of all ways to cut the blocks into one run per device, in the order of the devices, it takes one in
-which the fullest device is as empty as possible.
+The cut is exact (`search`): of all ways to cut the blocks into runs over some of the devices, in any order that keeps
+the devices of a box together, it takes the one whose slowest stage is fastest, or whose stages and hops take least
+time together, by the time model. Of cuts that are equally fast, it takes one in which the fullest device is as empty
+as possible.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import inf
 
 from ..errors import PlanError
 from ..options import Workload
-from ..units import FLOAT_BYTES, readable
+from ..units import readable
 from .devices import Device, pick_dtype
-from .memory import kv_bytes, pages, workspace_bytes
-from .plan import Plan, Stage
+from .draft import Draft, Objective
+from .plan import Plan
 from .spec import ModelSpec, check_workload
 
 SPARE = 0.01
@@ -24,12 +25,14 @@ INT8_HEAD_NOTE = (
 )
 
 
-def make_plan(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan:
-    """The cut over all `devices`, in their order, that leaves the fullest one as empty as possible.
+def make_plan(
+    spec: ModelSpec, devices: Sequence[Device], workload: Workload, objective: Objective = "throughput"
+) -> Plan:
+    """The best plan over some of the devices, or all.
 
-    Where the model does not fit and the settings leave the output head open, it becomes int8. Raises PlanError, with
-    the numbers, when it does not fit, when there are more devices than blocks or when the context is longer than the
-    model's.
+    A device is left out if no stage gets faster with it; a note says so. Where the model does not fit and the settings
+    leave the output head open, it becomes int8. Raises PlanError, with the numbers, when it does not fit, when there
+    are more devices than blocks or when the context is longer than the model's.
     """
     check_workload(spec, workload)
     blocks = len(spec.known_layout.blocks)
@@ -37,15 +40,18 @@ def make_plan(spec: ModelSpec, devices: Sequence[Device], workload: Workload) ->
         raise PlanError("no devices to place the model on")
     if len(devices) > blocks:
         raise PlanError(f"gpus={len(devices)}: {spec.name} has {blocks} blocks; use at most that many devices")
-
-    def cut(candidate: ModelSpec) -> Plan:
-        drafted = _Draft(candidate, workload, _dtype(candidate, devices), len(devices))
-        return drafted.plan(drafted.best_cut(devices), devices)
-
-    plan = _first_that_fits(spec, cut)
-    if not _fits(plan):
-        raise PlanError(_does_not_fit(plan, devices))
-    return plan
+    dtype = _dtype(spec, devices)
+    smaller = spec.with_int8_head()
+    tries = [(spec, SPARE), (smaller, SPARE), (smaller, 0.0), (spec, 0.0)]
+    for candidate, spare in tries:
+        if candidate is None:
+            continue
+        plan = Draft(candidate, workload, dtype, len(devices)).best_plan(devices, objective, spare)
+        if plan is not None:
+            notes = () if candidate is spec else (INT8_HEAD_NOTE,)
+            return replace(plan, notes=(*notes, *_left_out(devices, plan)))
+    draft = Draft(spec, workload, dtype, len(devices))
+    raise PlanError(_does_not_fit(draft.plan(draft.emptiest_cut(devices), devices), devices))
 
 
 def fewest_devices(spec: ModelSpec, device: Device, workload: Workload) -> int:
@@ -66,12 +72,12 @@ def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload
     check_workload(spec, workload)
 
     def fill(candidate: ModelSpec) -> Plan:
-        draft = _Draft(candidate, workload, _dtype(candidate, devices[:fast] or devices), len(devices))
+        draft = Draft(candidate, workload, _dtype(candidate, devices[:fast] or devices), len(devices))
         stages = draft.fill(devices)
         if stages is not None:
             return Plan(candidate, workload, draft.dtype, tuple(stages), draft.pages)
         some = devices[: len(draft.layout.blocks)]
-        return draft.plan(draft.best_cut(some), some)
+        return draft.plan(draft.emptiest_cut(some), some)
 
     plan = _first_that_fits(spec, fill)
     if not _fits(plan):
@@ -100,104 +106,13 @@ def _first_that_fits(spec: ModelSpec, cut: Callable[[ModelSpec], Plan]) -> Plan:
     return plan
 
 
-class _Draft:
-    """The sizes of one model in one dtype under one workload, and the ways to cut it."""
-
-    def __init__(self, spec: ModelSpec, workload: Workload, dtype: str, devices: int) -> None:
-        self.spec, self.workload, self.dtype = spec, workload, dtype
-        self.layout, self._size = spec.known_layout, FLOAT_BYTES[dtype]
-        self.pages = pages(self.layout, workload, devices)
-        self._kv = [kv_bytes(self.layout, b, self.pages, self._size) for b in range(len(self.layout.blocks))]
-
-    def plan(self, cuts: Sequence[int], devices: Sequence[Device]) -> Plan:
-        """The plan with these cuts, whether it fits or not."""
-        bounds = zip(devices, cuts[:-1], cuts[1:], strict=True)
-        stages = tuple(self.stage(i, device, first, last) for i, (device, first, last) in enumerate(bounds))
-        return Plan(self.spec, self.workload, self.dtype, stages, self.pages)
-
-    def workspace(self, device: Device) -> int:
-        """Bytes of a stage's workspace: on the CPU activations are float32."""
-        return workspace_bytes(self.layout, self.workload, self._size, device.kind in ("cpu", "disk"))
-
-    def stage(self, index: int, device: Device, first: int, last: int) -> Stage:
-        return Stage(
-            index=index,
-            device=device,
-            first_block=first,
-            last_block=last,
-            modules=tuple(module.name for module in self.layout.stage(first, last)),
-            weight_bytes=self.layout.part(first, last).weight_bytes(self._size),
-            kv_bytes=sum(self._kv[first:last]),
-            workspace_bytes=self.workspace(device),
-        )
-
-    def best_cut(self, devices: Sequence[Device]) -> list[int]:
-        """Block indices where the stages begin, and the end: dynamic programming over (device, blocks placed).
-
-        Minimises the largest share of a device's memory that its stage fills; over CPUs, of what a step reads.
-        """
-        blocks, count = len(self.layout.blocks), len(devices)
-        below = [0]
-        for block, kv in zip(self.layout.blocks, self._kv, strict=True):
-            below.append(below[-1] + block.part.weight_bytes(self._size) + kv)
-        workspaces = [self.workspace(device) for device in devices]
-        # what the first and the last stage have besides their blocks; a stage may be both
-        front = self.layout.part(0, 0).weight_bytes(self._size)
-        back = self.layout.part(blocks, blocks).weight_bytes(self._size)
-
-        reads = self._reads() if all(device.kind == "cpu" for device in devices) else None
-
-        def cost(device: int, first: int, last: int) -> float:
-            used = below[last] - below[first] + (front if first == 0 else 0) + (back if last == blocks else 0)
-            filled = (used + workspaces[device]) / max(1, devices[device].usable_bytes)
-            if reads is None:
-                return filled
-            return (reads[last] - reads[first]) / reads[-1] if filled <= 1 else 1 + filled
-
-        best = [[inf] * (blocks + 1) for _ in range(count + 1)]
-        came_from = [[0] * (blocks + 1) for _ in range(count + 1)]
-        best[0][0] = 0.0
-        for d in range(1, count + 1):
-            for last in range(d, blocks - (count - d) + 1):
-                for first in range(d - 1, last):
-                    worst = max(best[d - 1][first], cost(d - 1, first, last))
-                    if worst < best[d][last]:
-                        best[d][last], came_from[d][last] = worst, first
-        cuts = [blocks]
-        for d in range(count, 0, -1):
-            cuts.append(came_from[d][cuts[-1]])
-        return cuts[::-1]
-
-    def _reads(self) -> list[int]:
-        """Bytes that a step reads before each block, and in all: of blocks, and of the head where it is.
-
-        CPU workers of one box share its memory, so it does not matter which has more of it. The stage that takes
-        longest decides how fast all are, and that is the one that reads most.
-        """
-        layout = self.layout
-        reads = [0]
-        for block in layout.blocks:
-            reads.append(reads[-1] + block.part.weight_bytes(self._size))
-        head = (layout.first[0] if layout.tied else layout.head).part.weight_bytes(self._size)
-        return [0, *(read + head for read in reads[1:])] if layout.tied else [*reads[:-1], reads[-1] + head]
-
-    def fill(self, devices: Sequence[Device]) -> list[Stage] | None:
-        """Stages that fill each device before the next, on the fewest of equal devices. None if it does not fit."""
-        blocks, at = len(self.layout.blocks), 0
-        stages: list[Stage] = []
-        for device in devices:
-            best = None
-            for last in range(at + 1, blocks + 1):
-                stage = self.stage(len(stages), device, at, last)
-                if stage.headroom_bytes < 0:
-                    break
-                best = stage
-            if best is not None:
-                stages.append(best)
-                at = best.last_block
-            if at == blocks:
-                return stages
-        return None
+def _left_out(devices: Sequence[Device], plan: Plan) -> tuple[str, ...]:
+    """A note that names the devices which the plan does not use, if there are any."""
+    left = list(devices)
+    for stage in plan.stages:
+        left.remove(stage.device)
+    names = ", ".join(f"{device.name} ({device.model})" for device in left)
+    return (f"left out, since no stage would be faster with it: {names}",) if left else ()
 
 
 def _does_not_fit(plan: Plan, devices: Sequence[Device]) -> str:
@@ -208,7 +123,7 @@ def _does_not_fit(plan: Plan, devices: Sequence[Device]) -> str:
     helps = []
     if len({(d.model, d.usable_bytes) for d in devices}) == 1 and devices[0].kind == "cuda":
         alike = [devices[0]] * len(plan.spec.known_layout.blocks)
-        stages = _Draft(plan.spec.with_int8_head() or plan.spec, plan.workload, plan.dtype, len(alike)).fill(alike)
+        stages = Draft(plan.spec.with_int8_head() or plan.spec, plan.workload, plan.dtype, len(alike)).fill(alike)
         if stages:
             helps.append(f"{len(stages)} such devices")
     if kv + workspace > weights // 20:

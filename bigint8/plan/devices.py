@@ -1,19 +1,23 @@
 """What devices this machine, or a preset of one, has: kind, memory and the 16-bit format it is fast at."""
 
+import difflib
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import BigInt8Error
 from ..options import DeviceKind
 from ..sources.presets import read_yaml
 from ..units import GIB, MIB
 from . import nvidia
+from .speed import UNKNOWN_GPU, Speed, cpu_speed, gpu_speed, measured_gpu
 
 CONTEXT_BYTES = 500 * MIB
 """Held back on each GPU for the CUDA context: 300 to 500 MiB have been seen."""
@@ -30,6 +34,26 @@ SPINS = "2000"
 
 
 @dataclass(frozen=True)
+class Box:
+    """A machine that holds devices.
+
+    network_bytes_per_s, network_seconds: its link to other boxes, and half of what a message takes besides its bytes
+    host_bytes: of its memory that weights may take which no device holds; disk_bytes_per_s: of where checkpoints are
+    nvlink_bytes_per_s: between its GPUs, one way; 0 where copies go through the host's memory
+    """
+
+    name: str = "this machine"
+    network_bytes_per_s: float = 117e6
+    network_seconds: float = 50e-6
+    host_bytes: int = 0
+    disk_bytes_per_s: float = 3e9
+    nvlink_bytes_per_s: float = 0.0
+
+
+THIS_BOX = Box()
+
+
+@dataclass(frozen=True)
 class Device:
     """One device: `name` as torch spells it ("cuda:0", "cpu"), `usable_bytes` for weights, cache and workspace.
 
@@ -40,6 +64,8 @@ class Device:
     model: str
     usable_bytes: int
     fast_16bit: str | None
+    speed: Speed = UNKNOWN_GPU
+    box: Box = THIS_BOX
 
     @property
     def kind(self) -> str:
@@ -52,11 +78,30 @@ class GpuPreset(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    cuda_gib: float
+    cuda_gib: float = Field(gt=0)
     fast_16bit: Literal["float16", "bfloat16"]
+    bandwidth_gb_per_s: float = Field(gt=0)
+    int8_tops: float = Field(gt=0)
+    float16_tflops: float = Field(gt=0)
+    pcie_gb_per_s: float = Field(gt=0)
+    nvlink_gb_per_s: float = Field(default=0, ge=0)
     source: str
 
+    @property
+    def speed(self) -> Speed:
+        """As measured here, or computed from the data sheet."""
+        computed = gpu_speed(
+            1e9 * self.bandwidth_gb_per_s, 1e12 * self.int8_tops, 1e12 * self.float16_tflops, 1e9 * self.pcie_gb_per_s
+        )
+        return measured_gpu(self.model) or computed
 
+    @property
+    def usable_bytes(self) -> int:
+        """What weights, cache and workspace may take."""
+        return int(self.cuda_gib * GIB) - CONTEXT_BYTES - SLACK_BYTES
+
+
+@cache
 def gpu_presets() -> dict[str, GpuPreset]:
     """The GPUs that one can plan for without owning them, by name."""
     return {name: GpuPreset.model_validate(entry) for name, entry in read_yaml("gpus.yaml").items()}
@@ -66,10 +111,17 @@ def preset_gpus(name: str, count: int) -> list[Device]:
     """`count` GPUs of a preset. Raises BigInt8Error for a name that is not in configs/gpus.yaml."""
     presets = gpu_presets()
     if name not in presets:
-        raise BigInt8Error(f"gpu_type={name}: no such GPU preset; there are {', '.join(sorted(presets))}")
+        raise BigInt8Error(f"gpu_type={name}: no such GPU preset; {nearest(name, presets)}")
     gpu = presets[name]
-    usable = int(gpu.cuda_gib * GIB) - CONTEXT_BYTES - SLACK_BYTES
-    return [Device(f"cuda:{i}", gpu.model, usable, gpu.fast_16bit) for i in range(count)]
+    return [Device(f"cuda:{i}", gpu.model, gpu.usable_bytes, gpu.fast_16bit, gpu.speed) for i in range(count)]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What a person may have meant, and what there is."""
+    there = sorted(names)
+    close = difflib.get_close_matches(name, there, 3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{meant}there are {', '.join(there)}"
 
 
 def cuda_devices() -> list[Device]:
@@ -80,15 +132,24 @@ def cuda_devices() -> list[Device]:
             gpu.name,
             max(0, gpu.free_bytes - CONTEXT_BYTES - SLACK_BYTES),
             "bfloat16" if gpu.capability >= (8, 0) else "float16",
+            _speed_of(gpu.name),
         )
         for i, gpu in enumerate(nvidia.find_gpus())
     ]
 
 
+def _speed_of(model: str) -> Speed:
+    """A GPU's speed: measured here, of its data sheet, or assumed."""
+    alike = (preset.speed for preset in gpu_presets().values() if preset.model == model)
+    return measured_gpu(model) or next(alike, UNKNOWN_GPU)
+
+
 def cpu_device(share: int = 1) -> Device:
     """The CPU, or one of `share` equal shares of its memory; each is for a process of its own, with its libraries."""
     usable = share_of(max(0, available_memory() - HOST_RESERVE_BYTES), share)
-    return Device("cpu", _cpu_model(), usable, "bfloat16" if _cpu_has_bf16() else None)
+    model = _cpu_model()
+    speed = cpu_speed(model, max(1, usable_cpus() // share))
+    return Device("cpu", model, usable, "bfloat16" if _cpu_has_bf16() else None, speed)
 
 
 def share_of(usable_bytes: int, share: int) -> int:

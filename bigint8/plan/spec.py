@@ -45,6 +45,11 @@ class ModelSpec:
         return self.known_layout.tied
 
     @property
+    def stored_int8(self) -> bool:
+        """Whether the checkpoint holds int8 layers."""
+        return is_int8_config(self.config)
+
+    @property
     def known_layout(self) -> Layout:
         """The layout. Raises PlanError for a family that cannot be cut."""
         if self.layout is None:

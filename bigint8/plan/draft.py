@@ -1,0 +1,194 @@
+"""One model in one dtype under one workload, as sizes and times, and the ways to cut it. Over plain data, no torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import ceil, inf
+from typing import Literal
+
+from ..options import Workload
+from ..units import FLOAT_BYTES
+from .devices import Box, Device
+from .memory import kv_bytes, pages, workspace_bytes
+from .plan import Plan, Stage
+from .search import TOLERANCE, Boxes, Kind, Pick, Search
+from .spec import ModelSpec
+from .speed import Speed
+from .time import Rows, TimeModel, enter_seconds, inside_seconds, network_seconds
+
+Objective = Literal["throughput", "latency"]
+"""What a cut is best at: the slowest stage, or the sum of all stages and hops."""
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """What devices have in common that a plan does not tell apart."""
+
+    kind: str
+    model: str
+    usable_bytes: int
+    speed: Speed
+
+    @classmethod
+    def of(cls, device: Device) -> "_Alike":
+        return cls(device.kind, device.model, device.usable_bytes, device.speed)
+
+
+class _Offer:
+    """The devices that a plan may use, by kind, and the boxes, by what they hold and how they are linked."""
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self.examples = {_Alike.of(device): device for device in reversed(devices)}
+        self.kinds = list(dict.fromkeys(_Alike.of(device) for device in devices))
+        boxes: dict[Box, list[Device]] = {}
+        for device in devices:
+            boxes.setdefault(device.box, []).append(device)
+        self._alike: dict[tuple[tuple[tuple[int, int], ...], Box], list[list[Device]]] = {}
+        for box, there in boxes.items():
+            numbers = [self.kinds.index(_Alike.of(device)) for device in there]
+            held = tuple((kind, numbers.count(kind)) for kind in sorted(set(numbers)))
+            self._alike.setdefault((held, replace(box, name="")), []).append(there)
+
+    def boxes(self, hop_bytes: int) -> list[Boxes]:
+        """As the search takes them."""
+        return [
+            Boxes(held, len(same), inside_seconds(same[0][0]), *2 * (network_seconds(same[0][0], hop_bytes),))
+            for (held, _), same in self._alike.items()
+        ]
+
+    def devices(self, picks: Sequence[Pick]) -> list[Device]:
+        """The devices of what was picked: of those alike, the first that are not taken."""
+        boxes = [list(same) for same in self._alike.values()]
+        order: list[Device] = []
+        there: list[Device] = []
+        for pick in picks:
+            if pick.opens:
+                there = list(boxes[pick.box].pop(0))
+            at = next(i for i, device in enumerate(there) if _Alike.of(device) == self.kinds[pick.kind])
+            order.append(there.pop(at))
+        return order
+
+
+class Draft:
+    """The sizes of one model in one dtype under one workload, and the ways to cut it."""
+
+    def __init__(self, spec: ModelSpec, workload: Workload, dtype: str, devices: int) -> None:
+        self.spec, self.workload, self.dtype = spec, workload, dtype
+        self.layout, self._size = spec.known_layout, FLOAT_BYTES[dtype]
+        self.pages = pages(self.layout, workload, devices)
+        kvs = (kv_bytes(self.layout, block, self.pages, self._size) for block in range(len(self.layout.blocks)))
+        self._kv = list(kvs)
+        self._block_bytes = [
+            module.part.weight_bytes(self._size) + kv for module, kv in zip(self.layout.blocks, self._kv, strict=True)
+        ]
+        # what the first and the last stage have besides their blocks; a stage may be both
+        blocks = len(self.layout.blocks)
+        self._front_bytes = self.layout.part(0, 0).weight_bytes(self._size)
+        self._back_bytes = self.layout.part(blocks, blocks).weight_bytes(self._size)
+
+    def plan(self, cuts: Sequence[int], devices: Sequence[Device]) -> Plan:
+        """The plan with these cuts, whether it fits or not."""
+        bounds = zip(devices, cuts[:-1], cuts[1:], strict=True)
+        stages = tuple(self.stage(i, device, first, last) for i, (device, first, last) in enumerate(bounds))
+        return Plan(self.spec, self.workload, self.dtype, stages, self.pages)
+
+    def workspace(self, device: Device) -> int:
+        """Bytes of a stage's workspace: on the CPU activations are float32."""
+        return workspace_bytes(self.layout, self.workload, self._size, device.kind in ("cpu", "disk"))
+
+    def stage(self, index: int, device: Device, first: int, last: int) -> Stage:
+        """The stage with blocks [first, last)."""
+        return Stage(
+            index=index,
+            device=device,
+            first_block=first,
+            last_block=last,
+            modules=tuple(module.name for module in self.layout.stage(first, last)),
+            weight_bytes=self.layout.part(first, last).weight_bytes(self._size),
+            kv_bytes=sum(self._kv[first:last]),
+            workspace_bytes=self.workspace(device),
+        )
+
+    def best_plan(self, devices: Sequence[Device], objective: Objective, spare: float) -> Plan | None:
+        """The best plan over some of the devices that leaves a share of each free, None if there is none."""
+        rows = Rows(decode=ceil(self.workload.sequences / len(devices)), context=self.workload.context)
+        offer, times = _Offer(devices), TimeModel(self.layout, self._size)
+        kinds = [self._kind(offer.examples[kind], times, rows, spare) for kind in offer.kinds]
+        search = Search(kinds, offer.boxes(times.hop_bytes(rows)))
+        found = search.fastest_stages() if objective == "throughput" else search.shortest_way()
+        if found is None:
+            return None
+        seconds, picks = found
+        order = offer.devices(picks)
+        cuts = [*(pick.first for pick in picks), picks[-1].last]
+        if objective == "throughput":
+            most = seconds * (1 + TOLERANCE)
+            costs = [kinds[pick.kind] for pick in picks]
+            cuts = self.emptiest_cut(order, lambda i, first, last: costs[i].stage_seconds(first, last) <= most)
+        return Draft(self.spec, self.workload, self.dtype, len(order)).plan(cuts, order)
+
+    def _kind(self, device: Device, times: TimeModel, rows: Rows, spare: float) -> Kind:
+        """A device as costs."""
+        head, hop = times.head_seconds(device.speed, rows), enter_seconds(device, times.hop_bytes(rows))
+        return Kind(
+            seconds=tuple(times.block_seconds(block, device.speed, rows) for block in range(len(self.layout.blocks))),
+            bytes=tuple(self._block_bytes),
+            capacity=int(device.usable_bytes * (1 - spare)) - self.workspace(device),
+            front=head if self.layout.tied else 0.0,
+            back=0.0 if self.layout.tied else head,
+            front_bytes=self._front_bytes,
+            back_bytes=self._back_bytes,
+            enter=hop,
+            leave=hop,
+        )
+
+    def emptiest_cut(
+        self, devices: Sequence[Device], allowed: Callable[[int, int, int], bool] = lambda *_: True
+    ) -> list[int]:
+        """Block indices where the stages begin, and the end: dynamic programming over (device, blocks placed).
+
+        Minimises the largest share of a device's memory that its stage fills, over all devices in this order.
+        `allowed(i, first, last)`: whether the device may have that stage; if not, it may have no longer one either.
+        """
+        blocks, count = len(self.layout.blocks), len(devices)
+        below = [0, *accumulate(self._block_bytes)]
+        workspaces = [self.workspace(device) for device in devices]
+
+        def filled(device: int, first: int, last: int) -> float:
+            used = below[last] - below[first] + workspaces[device]
+            used += (self._front_bytes if first == 0 else 0) + (self._back_bytes if last == blocks else 0)
+            return used / max(1, devices[device].usable_bytes)
+
+        best = [[inf] * (blocks + 1) for _ in range(count + 1)]
+        came_from = [[0] * (blocks + 1) for _ in range(count + 1)]
+        best[0][0] = 0.0
+        for d in range(1, count + 1):
+            for last in range(d, blocks - (count - d) + 1):
+                for first in range(last - 1, d - 2, -1):
+                    if not allowed(d - 1, first, last):
+                        break
+                    worst = max(best[d - 1][first], filled(d - 1, first, last))
+                    if worst < best[d][last]:
+                        best[d][last], came_from[d][last] = worst, first
+        cuts = [blocks]
+        for d in range(count, 0, -1):
+            cuts.append(came_from[d][cuts[-1]])
+        return cuts[::-1]
+
+    def fill(self, devices: Sequence[Device]) -> list[Stage] | None:
+        """Stages that fill each device before the next, on the fewest of equal devices. None if it does not fit."""
+        blocks, at = len(self.layout.blocks), 0
+        stages: list[Stage] = []
+        for device in devices:
+            best = None
+            for last in range(at + 1, blocks + 1):
+                stage = self.stage(len(stages), device, at, last)
+                if stage.headroom_bytes < 0:
+                    break
+                best = stage
+            if best is not None:
+                stages.append(best)
+                at = best.last_block
+            if at == blocks:
+                return stages
+        return None

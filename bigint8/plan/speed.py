@@ -1,0 +1,180 @@
+"""What a device does in a second: measured by `doctor --save`, else computed from its data sheet.
+
+No torch. An operation is a multiplication or an addition, as data sheets count them.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from ..errors import BigInt8Error
+
+MEMORY_SHARE, ROW_SHARE, PROMPT_SHARE, ATTENTION_SHARE = 0.8, 0.2, 0.45, 0.2
+"""What kernels get of a GPU's data sheet: of its memory's bandwidth, of its 16-bit operations for few rows, of its int8
+operations for prompts, of its 16-bit operations for a prompt's attention. Assumed, not measured: `doctor --save` on the
+GPU measures them."""
+
+BUS_SHARE = 0.85
+"""What copies get of a PCIe link's rate."""
+
+GPU_BLOCK_SECONDS = 25e-6
+"""Of a block on a GPU besides its bytes: 8 launches in a CUDA graph. Assumed."""
+
+GPU_HOP_SECONDS, CPU_HOP_SECONDS = 100e-6, 300e-6
+"""Between two workers of one box, besides the bytes: through page-locked host memory (assumed), and between two CPU
+workers (measured by `benchmarks/pipeline.py --hops`)."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of one device, as the time model takes them.
+
+    read_bytes_per_s: of weights, by the product with one row; cache_bytes_per_s: of keys and values
+    row_ops_per_s: of each further row of a step, and of values that are not int8 in float_row_ops_per_s
+    prompt_ops_per_s: of a prompt's products; attention_ops_per_s: of its attention
+    block_seconds: of a block besides; bus_bytes_per_s: from the host's memory to the device
+    source: where the figures are from
+    """
+
+    read_bytes_per_s: float
+    cache_bytes_per_s: float
+    row_ops_per_s: float
+    float_row_ops_per_s: float
+    prompt_ops_per_s: float
+    attention_ops_per_s: float
+    block_seconds: float
+    bus_bytes_per_s: float
+    source: str
+
+
+def gpu_speed(
+    bandwidth_bytes_per_s: float, int8_ops_per_s: float, float16_ops_per_s: float, bus_bytes_per_s: float
+) -> Speed:
+    """A GPU's, computed from its data sheet: dense tensor operations, and both directions of the bus apart."""
+    return Speed(
+        read_bytes_per_s=MEMORY_SHARE * bandwidth_bytes_per_s,
+        cache_bytes_per_s=MEMORY_SHARE * bandwidth_bytes_per_s,
+        row_ops_per_s=ROW_SHARE * float16_ops_per_s,
+        float_row_ops_per_s=ROW_SHARE * float16_ops_per_s,
+        prompt_ops_per_s=PROMPT_SHARE * int8_ops_per_s,
+        attention_ops_per_s=ATTENTION_SHARE * float16_ops_per_s,
+        block_seconds=GPU_BLOCK_SECONDS,
+        bus_bytes_per_s=BUS_SHARE * bus_bytes_per_s,
+        source="computed from the data sheet",
+    )
+
+
+UNKNOWN_GPU = replace(gpu_speed(5e11, 1.5e14, 5e13, 16e9), source="assumed: no preset and no measurement of this GPU")
+
+UNKNOWN_CORE = Speed(
+    read_bytes_per_s=12e9,
+    cache_bytes_per_s=8e9,
+    row_ops_per_s=8e10,
+    float_row_ops_per_s=4e10,
+    prompt_ops_per_s=8e10,
+    attention_ops_per_s=2e10,
+    block_seconds=2e-5,
+    bus_bytes_per_s=8e9,
+    source="assumed: this CPU was not measured",
+)
+"""One core of a CPU that nobody measured."""
+
+MOST_READING_CORES = 4
+"""So many cores of an unmeasured CPU read as fast as its memory can."""
+
+
+@dataclass(frozen=True)
+class MeasuredSpeeds:
+    """The speeds of one kind of device that were measured: of a CPU by the number of cores, of a GPU as of one core."""
+
+    by_cores: dict[int, Speed]
+
+    def of(self, cores: int) -> Speed:
+        """Between two measurements and beyond, operations grow with the cores, and bytes up to the most measured."""
+        if cores in self.by_cores:
+            return self.by_cores[cores]
+        nearest = min(self.by_cores, key=lambda measured: abs(measured - cores))
+        return _scaled(self.by_cores[nearest], cores / nearest, max(s.read_bytes_per_s for s in self.by_cores.values()))
+
+
+def _scaled(speed: Speed, factor: float, most_bytes_per_s: float) -> Speed:
+    """The speed of `factor` times as many cores, which read no more than that."""
+    read = min(speed.read_bytes_per_s * factor, most_bytes_per_s)
+    return replace(
+        speed,
+        read_bytes_per_s=read,
+        cache_bytes_per_s=speed.cache_bytes_per_s * read / speed.read_bytes_per_s,
+        row_ops_per_s=speed.row_ops_per_s * factor,
+        float_row_ops_per_s=speed.float_row_ops_per_s * factor,
+        prompt_ops_per_s=speed.prompt_ops_per_s * factor,
+        attention_ops_per_s=speed.attention_ops_per_s * factor,
+        block_seconds=speed.block_seconds,
+    )
+
+
+def cpu_speed(model: str, cores: int) -> Speed:
+    """So many cores of this CPU: as measured, or assumed."""
+    measured = saved_speeds().get(model)
+    if measured is not None:
+        return measured.of(cores)
+    return _scaled(UNKNOWN_CORE, cores, MOST_READING_CORES * UNKNOWN_CORE.read_bytes_per_s)
+
+
+def measured_gpu(model: str) -> Speed | None:
+    """What was measured of a GPU of this kind here, None if nothing was."""
+    measured = saved_speeds().get(model)
+    return None if measured is None else measured.of(1)
+
+
+# --- what was measured ---
+
+
+def speeds_file() -> Path:
+    """Where `doctor --save` keeps what it measured: beside what bigint8 converts."""
+    from ..sources.gguf import cache_folder
+
+    return cache_folder() / "speeds.json"
+
+
+@cache
+def _read_speeds(file: Path, changed_ns: int) -> dict[str, MeasuredSpeeds]:
+    del changed_ns  # part of the cache's key
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            model: MeasuredSpeeds({int(cores): _checked(Speed(**speed)) for cores, speed in by_cores.items()})
+            for model, by_cores in kept.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BigInt8Error(f"{file}: not what `bigint8 doctor --save` writes: {error}; run that again") from None
+
+
+def _checked(speed: Speed) -> Speed:
+    for name, value in asdict(speed).items():
+        if name != "source" and not 0 < value < 1e18 and not (name == "block_seconds" and value == 0):
+            raise ValueError(f"{name} {value}")
+    return speed
+
+
+def saved_speeds() -> dict[str, MeasuredSpeeds]:
+    """What was measured, by the device's model. Raises BigInt8Error for a file that is damaged."""
+    file = speeds_file()
+    try:
+        changed_ns = file.stat().st_mtime_ns
+    except OSError:
+        return {}
+    return _read_speeds(file, changed_ns)
+
+
+def save_speeds(model: str, by_cores: dict[int, Speed]) -> Path:
+    """Keep what was measured of a device, beside what is known of others; where."""
+    file = speeds_file()
+    kept = {name: {str(c): asdict(s) for c, s in known.by_cores.items()} for name, known in saved_speeds().items()}
+    kept[model] = {str(cores): asdict(speed) for cores, speed in by_cores.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(file)
+    return file
