@@ -127,8 +127,12 @@ class PlanTimes:
 
     def load_seconds(self, stage: Stage) -> float:
         """To read a stage's tensors from its box's disk, which its other stages read too, and to copy them."""
+        return max(self.load_limits(stage).values())
+
+    def load_limits(self, stage: Stage) -> dict[str, float]:
+        """The seconds in which the disk and the bus to the device could load a stage: the longer one counts."""
         layout, box = self.plan.spec.known_layout, stage.device.box
         part = layout.part(stage.first_block, stage.last_block)
         size = part.stored_bytes(FLOAT_BYTES[self.plan.spec.stored], self.plan.spec.stored_int8)
         together = sum(other.device.box == box for other in self.plan.stages)
-        return max(size * together / box.disk_bytes_per_s, size / stage.device.speed.bus_bytes_per_s)
+        return {"disk": size * together / box.disk_bytes_per_s, "bus": size / stage.device.speed.bus_bytes_per_s}
