@@ -141,8 +141,12 @@ class PlanTimes:
     def load_seconds(self, stage: Stage, alone: bool = False) -> float:
         """To read a stage's tensors from its box's disk, which its other stages read too but for one that is loaded
         `alone`, and to copy them."""
+        return max(self.load_limits(stage, alone).values())
+
+    def load_limits(self, stage: Stage, alone: bool = False) -> dict[str, float]:
+        """The seconds in which the disk and the bus to the device could load a stage: the longer one counts."""
         layout, box = self.plan.spec.known_layout, stage.device.box
         part = layout.part(stage.first_block, stage.last_block)
         size = part.stored_bytes(FLOAT_BYTES[self.plan.spec.stored], self.plan.spec.stored_int8)
         together = 1 if alone else sum(other.device.box == box for other in self.plan.stages)
-        return max(size * together / box.disk_bytes_per_s, size / stage.device.speed.bus_bytes_per_s)
+        return {"disk": size * together / box.disk_bytes_per_s, "bus": size / stage.device.speed.bus_bytes_per_s}
