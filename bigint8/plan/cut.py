@@ -6,16 +6,16 @@ time together, by the time model. Of cuts that are equally fast, it takes one in
 as possible.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..errors import PlanError
 from ..options import Workload
-from ..units import readable
 from .devices import Device, pick_dtype
 from .draft import Draft, Objective
 from .plan import Plan
 from .spec import ModelSpec, check_workload
+from .ways_out import Planner, ways_out
 
 SPARE = 0.01
 """Share of a device that a plan leaves free where it can: the workspace is an estimate."""
@@ -44,13 +44,26 @@ def make_plan(
         raise PlanError("no devices to place the model on")
     if len(devices) > blocks:
         raise PlanError(f"gpus={len(devices)}: {spec.name} has {blocks} blocks; use at most that many devices")
+
+    def planner(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan | None:
+        return _best_plan(spec, devices, workload, objective)
+
+    plan = planner(spec, devices, workload)
+    if plan is None:
+        raise _does_not_fit(spec, devices, _closest(spec, devices, workload, _dtype(spec, devices)), planner)
+    return plan
+
+
+def _best_plan(
+    spec: ModelSpec, devices: Sequence[Device], workload: Workload, objective: Objective = "throughput"
+) -> Plan | None:
+    """As `make_plan`, but None where the model does not fit."""
     dtype = _dtype(spec, devices)
     for candidate, work, spare, notes in _settings(spec, workload):
         plan = Draft(candidate, work, dtype, len(devices)).best_plan(devices, objective, spare)
         if plan is not None:
             return replace(plan, notes=(*notes, *_left_out(devices, plan)))
-    draft = Draft(spec, workload, dtype, len(devices))
-    raise PlanError(_does_not_fit(draft.plan(draft.emptiest_cut(devices), devices), devices))
+    return None
 
 
 def _settings(spec: ModelSpec, workload: Workload) -> Iterator[tuple[ModelSpec, Workload, float, tuple[str, ...]]]:
@@ -87,39 +100,39 @@ def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload
     """
     check_workload(spec, workload)
 
-    def fill(candidate: ModelSpec) -> Plan:
-        draft = Draft(candidate, workload, _dtype(candidate, devices[:fast] or devices), len(devices))
+    def dtype(devices: Sequence[Device]) -> str:
+        return _dtype(spec, devices[:fast] or devices)
+
+    def planner(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan | None:
+        return _filled_in_order(spec, devices, workload, dtype(devices))
+
+    plan = planner(spec, devices, workload)
+    if plan is None:
+        some = devices[: len(spec.known_layout.blocks)]
+        raise _does_not_fit(spec, some, _closest(spec, some, workload, dtype(devices)), planner)
+    return plan
+
+
+def _filled_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload, dtype: str) -> Plan | None:
+    """The model as it is; if that does not fit, or barely, with an int8 head, if that does."""
+    barely = None
+    for candidate in (spec, spec.with_int8_head()):
+        if candidate is None:
+            continue
+        draft = Draft(candidate, workload, dtype, len(devices))
         stages = draft.fill(devices)
         if stages is not None:
-            return Plan(candidate, workload, draft.dtype, tuple(stages), draft.pages)
-        some = devices[: len(draft.layout.blocks)]
-        return draft.plan(draft.emptiest_cut(some), some)
-
-    plan = _first_that_fits(spec, fill)
-    if not _fits(plan):
-        raise PlanError(_does_not_fit(plan, [stage.device for stage in plan.stages]))
-    return plan
+            plan = Plan(candidate, workload, dtype, tuple(stages), draft.pages)
+            if candidate is not spec:
+                return replace(plan, notes=(INT8_HEAD_NOTE,))
+            if all(stage.headroom_bytes >= SPARE * stage.device.usable_bytes for stage in stages):
+                return plan
+            barely = plan
+    return barely
 
 
 def _dtype(spec: ModelSpec, devices: Sequence[Device]) -> str:
     return pick_dtype(spec.int8.dtype, spec.stored, list(devices))
-
-
-def _fits(plan: Plan, spare: float = 0.0) -> bool:
-    return all(stage.headroom_bytes >= spare * stage.device.usable_bytes for stage in plan.stages)
-
-
-def _first_that_fits(spec: ModelSpec, cut: Callable[[ModelSpec], Plan]) -> Plan:
-    """The plan of the model as it is; if that does not fit, or barely, the one with an int8 head, if that does."""
-    plan = cut(spec)
-    if _fits(plan, SPARE):
-        return plan
-    smaller = spec.with_int8_head()
-    if smaller is not None:
-        second = cut(smaller)
-        if _fits(second):
-            return replace(second, notes=(*second.notes, INT8_HEAD_NOTE))
-    return plan
 
 
 def _left_out(devices: Sequence[Device], plan: Plan) -> tuple[str, ...]:
@@ -131,25 +144,12 @@ def _left_out(devices: Sequence[Device], plan: Plan) -> tuple[str, ...]:
     return (f"left out, since no stage would be faster with it: {names}",) if left else ()
 
 
-def _does_not_fit(plan: Plan, devices: Sequence[Device]) -> str:
-    worst = min(plan.stages, key=lambda stage: stage.headroom_bytes)
-    weights, kv = sum(s.weight_bytes for s in plan.stages), sum(s.kv_bytes for s in plan.stages)
-    workspace = sum(s.workspace_bytes for s in plan.stages)
-    there = sum(device.usable_bytes for device in devices)
-    helps = []
-    if len({(d.model, d.usable_bytes) for d in devices}) == 1 and devices[0].kind == "cuda":
-        alike = [devices[0]] * len(plan.spec.known_layout.blocks)
-        stages = Draft(plan.spec.with_int8_head() or plan.spec, plan.workload, plan.dtype, len(alike)).fill(alike)
-        if stages:
-            helps.append(f"{len(stages)} such devices")
-    if kv + workspace > weights // 20:
-        helps.append(f"a shorter context than context={plan.workload.context}")
-        if plan.workload.sequences > 1:
-            helps.append(f"fewer sequences at once than batch_size={plan.workload.sequences}")
-    helps.append("devices with more memory")
-    return (
-        f"{plan.spec.name} does not fit: it needs {readable(weights + kv + workspace)} ({readable(weights)} of "
-        f"weights, {readable(kv)} of KV cache, {readable(workspace)} of workspace) and {len(devices)} x "
-        f"{worst.device.model} have {readable(there)}; stage {worst.index} on {worst.device.name} lacks "
-        f"{readable(-worst.headroom_bytes)}. What would help: {'; '.join(helps)}"
-    )
+def _closest(spec: ModelSpec, devices: Sequence[Device], workload: Workload, dtype: str) -> Plan:
+    """The plan that comes nearest to fitting, over all devices in their order."""
+    draft = Draft(spec.with_int8_head() or spec, workload, dtype, len(devices))
+    return draft.plan(draft.emptiest_cut(devices), devices)
+
+
+def _does_not_fit(spec: ModelSpec, devices: Sequence[Device], closest: Plan, planner: Planner) -> PlanError:
+    found = ways_out(spec, devices, closest, planner)
+    return PlanError(str(found), ways_out=found)

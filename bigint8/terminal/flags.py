@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 from rich.console import Console
 
-from ..errors import BigInt8Error
+from ..errors import BigInt8Error, PlanError
 from ..options import DEFAULT_CONTEXT, Access, DeviceKind, Dtype, Workload
 from ..plan.cut import fewest_devices
 from ..plan.devices import (
@@ -31,7 +31,9 @@ from ..plan.devices import (
     wait_without_spinning,
 )
 from ..plan.spec import ModelSpec
+from ..plan.ways_out import WaysOut
 from ..units import parse_bytes
+from .ways import print_ways_out
 
 DEFAULT_GPU_TYPE = "rtx-3090"
 
@@ -176,6 +178,8 @@ def run_command(app: typer.Typer) -> None:
     try:
         app()
     except BigInt8Error as error:
+        if isinstance(error, PlanError) and isinstance(error.ways_out, WaysOut):
+            print_ways_out(Console(stderr=True, highlight=False, markup=False), error.ways_out, with_flags)
         print(f"error: {with_flags(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
