@@ -16,12 +16,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..errors import BigInt8Error, CheckpointError, WorkerDied, WorkerError
 from ..load.bars import LoadProgress
 from ..options import Cluster
-from ..plan.devices import Device, share_of
+from ..plan.devices import HOST_RESERVE_BYTES, Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cluster import connect, pick
 from .cores import Share
 from .doors import HELLO_SECONDS, new_secret
+from .nodes import boxes_of
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -119,12 +120,24 @@ class Pipeline:
         return actor.remote(self.kind, self._spec)
 
     def devices(self) -> list[Device]:
-        """A device for each worker, in order; CPU workers of one box share its memory equally."""
+        """A device for each worker, in order; CPU workers of one box share its memory equally.
+
+        Workers of one node are in one box. What its GPUs' processes leave of its memory may hold weights.
+        """
         nodes = [info.node for info in self.infos]
+        boxes = boxes_of([(info.node, info.host) for info in self.infos])
+        for info in reversed(self.infos):
+            if info.device.kind == "cuda":
+                left = info.host_bytes - nodes.count(info.node) * HOST_RESERVE_BYTES
+                boxes[info.node] = replace(boxes[info.node], host_bytes=max(0, left))
         return [
-            info.device
+            replace(info.device, box=boxes[info.node])
             if info.device.kind == "cuda"
-            else replace(info.device, usable_bytes=share_of(info.device.usable_bytes, nodes.count(info.node)))
+            else replace(
+                info.device,
+                usable_bytes=share_of(info.device.usable_bytes, nodes.count(info.node)),
+                box=boxes[info.node],
+            )
             for info in self.infos
         ]
 
