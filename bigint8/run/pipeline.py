@@ -154,6 +154,7 @@ class Pipeline:
         plan = replace(plan, spec=replace(plan.spec, folder=plan.spec.folder.absolute()))
         self._plan, self.count = None, 0
         self._unload()
+        self._arrange(plan)
         try:
             reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
             self._loaded = set(range(len(plan.stages)))
@@ -163,6 +164,24 @@ class Pipeline:
             raise
         self._plan, self.count = plan, len(plan.stages)
         return reports
+
+    def _arrange(self, plan: Plan) -> None:
+        """Put the workers in the order of the stages: each stage goes to the worker whose device the plan names.
+
+        A device that no worker has, as of a plan that another process made, is one of its model, or any.
+        """
+        devices, free = self.devices(), list(range(len(self._workers)))
+        order: dict[int, int] = {}
+        for alike in (Device.__eq__, lambda a, b: a.model == b.model, lambda a, b: True):
+            for index, stage in enumerate(plan.stages):
+                found = next((i for i in free if index not in order and alike(devices[i], stage.device)), None)
+                if found is not None:
+                    order[index] = found
+                    free.remove(found)
+        arranged = [*(order[index] for index in range(len(plan.stages))), *free]
+        self._workers = [self._workers[i] for i in arranged]
+        self._bundles = [self._bundles[i] for i in arranged]
+        self.infos = [self.infos[i] for i in arranged]
 
     def _start_load(self, plan: Plan, index: int) -> Any:
         """Let a worker load its stage. CPU workers of one box share its cores."""
