@@ -4,13 +4,17 @@ import json
 import random
 import subprocess
 import sys
+import threading
+from collections import deque
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 from simulated import nothing_left
 
 from bigint8.errors import BigInt8Error, PlanError
+from bigint8.model.step import Result
 from bigint8.options import Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import Device, preset_gpus
@@ -18,7 +22,9 @@ from bigint8.plan.predict import PlanTimes, predict
 from bigint8.plan.spec import spec_of
 from bigint8.plan.speed import UNKNOWN_CORE
 from bigint8.plan.time import Rows, TimeModel
-from bigint8.run.engine import MAX_RESTARTS
+from bigint8.run.engine import MAX_RESTARTS, Engine
+from bigint8.run.settings import Settings
+from bigint8.run.stages import StageLost
 from bigint8.simulation.load import Failure, Failures, Load
 from bigint8.simulation.simulate import Simulation, simulate
 from bigint8.sources.find import find_source
@@ -126,6 +132,82 @@ def test_a_lost_step_counts_as_far_as_it_was_computed(llama):
     found = simulate(llama, Load(1, prompt_tokens=64, new_tokens=2), failures=Failures(at=(Failure(half, 0, 0),)))
     assert found.busy[0] * found.seconds == pytest.approx(half + prompt.stages[0] + decode.stages[0])
     assert found.busy[1] * found.seconds == pytest.approx(prompt.stages[1] + decode.stages[1])
+
+
+# --- the same steps as the engine's --------------------------------------------------------------------------------
+
+
+class InstantStages:
+    """Stages for a real engine that answer at once, when the gate is open; one is lost after so many results."""
+
+    def __init__(self, count, lost_after, stage):
+        self.count, self.lost_after, self.stage = count, lost_after, stage
+        self.sent, self.under_way, self.results = [], deque(), 0
+        self.first, self.gate = threading.Event(), threading.Event()
+
+    def send(self, step):
+        self.sent.append(contents(step))
+        self.under_way.append(step)
+        self.first.set()
+
+    def receive(self, timeout):
+        assert self.gate.wait(timeout)
+        if self.results == self.lost_after:
+            self.lost_after = None
+            raise StageLost(self.stage, "lost")
+        step = self.under_way.popleft()
+        self.results += 1
+        return Result(step.number, np.zeros(len(step.keep), np.int32))
+
+    def restore(self):
+        self.under_way.clear()
+        return [self.stage]
+
+    def stats(self):
+        return []
+
+
+def contents(step):
+    return step.number, step.few, step.places.tolist(), step.keep.tolist(), step.tables.tolist(), step.stages
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_steps_are_those_that_the_engine_sends(seed, llama, opt):
+    """One by one, with those that fill lost pages again, and those that are sent again."""
+    chance, plan = random.Random(seed), (llama, opt)[seed % 2]
+    load = Load(30, None, 50, 12, spread=0.5, shared_tokens=chance.choice([0, 40]), seed=seed)
+    lost_after, stage = (None, 0) if seed < 2 else (chance.randrange(1, 40), chance.randrange(2))
+    instant = InstantStages(len(plan.stages), lost_after, stage)
+    with Engine.of(plan, instant) as engine:
+        completions = []
+        for asked in load.asked(plan.workload.context):
+            completions.append(engine.submit(asked.prompt(load.shared_tokens), Settings(asked.new_tokens)))
+            assert instant.first.wait(60)
+        instant.gate.set()
+        assert sum(len(each.result(60).tokens) for each in completions) > 0
+    times, sent = simulated_steps(plan, load, None)
+    if lost_after is not None:
+        _, sent = simulated_steps(plan, load, Failures(at=(Failure(times[lost_after] - 1e-9, 0, stage),)))
+    assert sent == instant.sent
+
+
+def simulated_steps(plan, load, failures):
+    """When results come, and what is sent, on one pipeline."""
+    simulation, times, sent = Simulation(plan, load, 1, failures), [], []
+    pipeline = simulation.pipelines[0]
+    send, back = pipeline.stages.send, pipeline.stages._back
+
+    def noted(step):
+        sent.append(contents(step))
+        send(step)
+
+    def noted_back(result):
+        times.append(simulation.clock.now)
+        back(result)
+
+    pipeline.stages.send, pipeline.stages._back = noted, noted_back
+    simulation.run()
+    return times, sent
 
 
 # --- load --------------------------------------------------------------------------------------------------------
