@@ -7,6 +7,7 @@ which nothing is kept ends with the last block. A link carries one step at a tim
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,16 @@ from ..model.step import Result, Step
 from ..plan.predict import PlanTimes
 from ..plan.time import DRIVER_SECONDS, Work
 from .clock import Clock
+
+
+@dataclass(eq=False)
+class _Way:
+    """A step on its way: what it asks for, the seconds of each kind of stage, and when which stage computes it."""
+
+    step: Step
+    work: Work
+    kind_seconds: list[float]
+    spans: list[tuple[int, float, float]] = field(default_factory=list)
 
 
 class SimulatedStages:
@@ -26,6 +37,8 @@ class SimulatedStages:
         self._windows = times.model.layout.groups
         self._driver_seconds = DRIVER_SECONDS if self.count > 1 else 0.0
         self._hops: dict[tuple[int, int], float] = {}
+        self._kinds = list(dict.fromkeys(times.blocks))  # most stages cost the same: each kind is computed once a step
+        self._kind_of = [self._kinds.index(cost) for cost in times.blocks]
         self.busy_seconds = [0.0] * self.count
         self._epoch = 0
         self._forget()
@@ -34,25 +47,27 @@ class SimulatedStages:
         """Nothing is under way."""
         now = self._clock.now
         self._epoch += 1
-        self._steps: deque[tuple[Step, Work]] = deque()  # for the first stage
-        self._rows: deque[tuple[Step, Work]] = deque()  # for the head in the first stage
+        self._steps: deque[_Way] = deque()  # for the first stage
+        self._rows: deque[_Way] = deque()  # for the head in the first stage
         self._is_computing = False  # the first stage
-        self._under_way: deque[int] = deque()
+        self._under_way: dict[int, _Way] = {}  # by the steps' numbers, in their order
         self._came: dict[int, Result] = {}
         self._free, self._link_free = [now] * self.count, [now] * self.count
-        self._spans: list[deque[tuple[float, float]]] = [deque() for _ in range(self.count)]
 
     def send(self, step: Step) -> None:
         """A step comes to the first stage."""
-        self._under_way.append(step.number)
-        self._steps.append((step, self._work(step)))
+        work = self._work(step)
+        way = self._under_way[step.number] = _Way(step, work, [cost.seconds(work) for cost in self._kinds])
+        self._steps.append(way)
         self._next()
 
     def lose_all(self) -> None:
         """A stage is lost: so is everything that is under way, and what was to be computed is not."""
         now = self._clock.now
-        for stage, spans in enumerate(self._spans):
-            self.busy_seconds[stage] -= sum(end - max(start, now) for start, end in spans if end > now)
+        for way in self._under_way.values():
+            for stage, start, end in way.spans:
+                if end > now:
+                    self.busy_seconds[stage] -= end - max(start, now)
         self._forget()
 
     # --- the way of a step ---------------------------------------------------------------------------------------
@@ -63,47 +78,48 @@ class SimulatedStages:
             return
         self._is_computing = True
         if self._rows:
-            step, work = self._rows.popleft()
-            at = self._compute(0, self._clock.now, self._times.head.seconds(work.head))
-            self._later(at, partial(self._first_is_done, step, work, True))
+            way = self._rows.popleft()
+            at = self._compute(way, 0, self._clock.now, self._times.head.seconds(way.work.head))
+            self._later(at, partial(self._first_is_done, way, True))
         else:
-            step, work = self._steps.popleft()
-            at = self._compute(0, self._clock.now, self._seconds(0, work))
-            self._later(at, partial(self._first_is_done, step, work, False))
+            way = self._steps.popleft()
+            at = self._compute(way, 0, self._clock.now, self._seconds(way, 0))
+            self._later(at, partial(self._first_is_done, way, False))
 
-    def _first_is_done(self, step: Step, work: Work, is_head: bool) -> None:
+    def _first_is_done(self, way: _Way, is_head: bool) -> None:
         self._is_computing = False
         if is_head:
-            self._answer(step, self._clock.now)
+            self._answer(way, self._clock.now)
         else:
-            self._pass_on(step, work)
+            self._pass_on(way)
         self._next()
 
-    def _pass_on(self, step: Step, work: Work) -> None:
+    def _pass_on(self, way: _Way) -> None:
         """Through the other stages: they take steps in this order, so it is known when each takes this one."""
-        at, last = self._clock.now, (step.stages or self.count) - 1
+        at, work, last = self._clock.now, way.work, (way.step.stages or self.count) - 1
         for stage in range(1, last + 1):
             at = self._hop(stage - 1, at, work.few + work.prompt)
-            at = self._compute(stage, max(at, self._free[stage]), self._seconds(stage, work))
+            at = self._compute(way, stage, max(at, self._free[stage]), self._seconds(way, stage))
         if self._times.is_ring and work.kept and last == self.count - 1:
-            self._later(self._hop(last, at, work.kept), partial(self._to_head, step, work))
+            self._later(self._hop(last, at, work.kept), partial(self._to_head, way))
         else:
-            self._answer(step, at)
+            self._answer(way, at)
 
-    def _to_head(self, step: Step, work: Work) -> None:
-        self._rows.append((step, work))
+    def _to_head(self, way: _Way) -> None:
+        self._rows.append(way)
         self._next()
 
-    def _answer(self, step: Step, at: float) -> None:
-        result = Result(step.number, np.zeros(len(step.keep), np.int32))
+    def _answer(self, way: _Way, at: float) -> None:
+        result = Result(way.step.number, np.zeros(way.work.kept, np.int32))
         self._later(at + self._driver_seconds, partial(self._arrived, result))
 
     def _arrived(self, result: Result) -> None:
         """Results go to the driver in the order of their steps: one that kept no row may have overtaken another."""
         epoch = self._epoch
         self._came[result.number] = result
-        while epoch == self._epoch and self._under_way and self._under_way[0] in self._came:
-            self._back(self._came.pop(self._under_way.popleft()))
+        while epoch == self._epoch and self._came and (number := next(iter(self._under_way))) in self._came:
+            del self._under_way[number]
+            self._back(self._came.pop(number))
 
     def _later(self, at: float, call: Callable[[], None]) -> None:
         """Call this then, unless a stage is lost before."""
@@ -130,21 +146,18 @@ class SimulatedStages:
                 by_prompt.append(0.0)
         return Work(few, step.rows - few, tuple(by_few), tuple(by_prompt), len(step.keep))
 
-    def _seconds(self, stage: int, work: Work) -> float:
+    def _seconds(self, way: _Way, stage: int) -> float:
         """Of a stage's blocks, and of the head where it follows them at once."""
-        seconds = self._times.blocks[stage].seconds(work)
-        if work.kept and stage == self._times.head_stage and not self._times.is_ring:
-            seconds += self._times.head.seconds(work.head)
+        seconds = way.kind_seconds[self._kind_of[stage]]
+        if way.work.kept and stage == self._times.head_stage and not self._times.is_ring:
+            seconds += self._times.head.seconds(way.work.head)
         return seconds
 
-    def _compute(self, stage: int, start: float, seconds: float) -> float:
+    def _compute(self, way: _Way, stage: int, start: float, seconds: float) -> float:
         """The stage computes from then on; until when."""
         end = self._free[stage] = start + seconds
         self.busy_seconds[stage] += seconds
-        spans = self._spans[stage]
-        while spans and spans[0][1] <= self._clock.now:
-            spans.popleft()
-        spans.append((start, end))
+        way.spans.append((stage, start, end))
         return end
 
     def _hop(self, stage: int, at: float, rows: int) -> float:
