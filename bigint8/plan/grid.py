@@ -11,7 +11,7 @@ from ..options import Workload
 from .cut import fewest_devices, make_plan
 from .devices import Device, gpu_presets, preset_gpus
 from .draft import Objective
-from .pictures import memory_parts, short_model
+from .labels import memory_parts, place, short_model
 from .plan import Plan
 from .predict import Prediction, predict
 from .spec import ModelSpec
@@ -151,21 +151,20 @@ def _mixing(spec: ModelSpec, devices: Sequence[Device]) -> list[Offer]:
 
 
 def _alone(spec: ModelSpec, devices: Sequence[Device], start: Workload) -> list[Offer]:
-    """All other GPUs with a preset: as many as the model needs, and double, in powers of two."""
+    """All other GPUs with a preset: as many as the model needs for the work that a page starts with."""
     mixing = {offer.example.model for offer in _mixing(spec, devices)}
     offers: list[Offer] = []
-    blocks = len(spec.known_layout.blocks)
     for name, preset in gpu_presets().items():
+        example = preset_gpus(name, 1)[0]
         if preset.model in mixing:
             continue
-        example = preset_gpus(name, 1)[0]
         try:
             fewest = fewest_devices(spec, example, start)
         except PlanError:
             continue  # no number of these is enough
-        power = 1 << (fewest - 1).bit_length()
-        counts = {count for count in (power, 2 * power) if count <= blocks} or {fewest}
-        offers.append(Offer(example, (), (0, *sorted(counts)), mixes=False))
+        power = 1 << (fewest - 1).bit_length()  # people have 1, 2, 4 or 8
+        count = power if power <= len(spec.known_layout.blocks) else fewest
+        offers.append(Offer(example, (), (0, count), mixes=False))
     return offers
 
 
@@ -188,9 +187,7 @@ def _point(plan: Plan, times: Prediction, stages: dict[tuple[Any, ...], int], na
         seconds = (took.decode_seconds, took.hop_seconds, took.prefill_seconds, took.load_seconds)
         blocks = stage.last_block - stage.first_block
         row = (short_model(stage.device), blocks, *memory_parts(stage).values(), *(_rounded(s) for s in seconds))
-        device = stage.device
-        boxes = len({each.device.box.name for each in plan.stages}) > 1
-        name = f"{device.box.name}/{device.name}" if boxes else device.name
+        name = place(plan, stage)
         rows.append([stages.setdefault(row, len(stages)), names.setdefault(name, len(names))])
     figures = (times.tokens_per_s, times.token_seconds, times.prompt_seconds, times.load_seconds)
     return {

@@ -26,9 +26,10 @@ def write_page(
     It holds some hundred plans and their predictions, of a `Grid`; the planner takes some milliseconds for each.
     Raises BigInt8Error if the file cannot be written, PlanError for a model without a layout.
     """
-    text = page(Grid(spec, devices, start or spec.workload(), objective))
+    grid = Grid(spec, devices, start or spec.workload(), objective)
     try:
-        Path(file).write_text(text, encoding="utf-8")
+        with Path(file).open("w", encoding="utf-8") as out:  # before the plans are made, which takes seconds
+            out.write(page(grid))
     except OSError as error:
         raise BigInt8Error(f"{file}: the page cannot be written: {error.strerror}; name another file") from None
 

@@ -11,6 +11,7 @@ from ..errors import BigInt8Error
 from ..units import GIB, readable
 from .devices import CONTEXT_BYTES, SLACK_BYTES, Device
 from .draft import Objective
+from .labels import PARTS, devices_in_words, memory_parts, place, short_model
 from .plan import Plan, Stage
 from .predict import PlanTimes, Prediction, predict
 from .timeline import Timeline, decode_round, prefill
@@ -33,13 +34,13 @@ FONT, NARROW = 9, 0.12
 
 DARK, EDGE = "#1b2f5c", "#333333"
 
-MEMORY = {
-    "weights": (DARK, ""),
-    "keys and values": ("#d98a2b", "//"),
-    "workspace": ("#a9d8b8", ".."),
-    "reserved": ("#7a7a7a", "xx"),
-    "free": ("#ffffff", ""),
-}
+MEMORY = dict(
+    zip(
+        PARTS,
+        ((DARK, ""), ("#d98a2b", "//"), ("#a9d8b8", ".."), ("#7a7a7a", "xx"), ("#ffffff", "")),
+        strict=True,
+    )
+)
 """Colour and hatch of each part of a device's memory: of unlike lightness, so that they are told apart in grey."""
 
 STEPS = ((DARK, ""), ("#a8c1ea", "//"))
@@ -144,41 +145,17 @@ def fold(plan: Plan) -> list[Row]:
     return [Row(stages[0], len(stages) - 1) for stages in alike.values()]
 
 
-def short_model(device: Device) -> str:
-    """A device's model in at most 32 signs: without the maker of a GPU, and without words that say nothing."""
-    name = device.model.removeprefix("NVIDIA ").removeprefix("GeForce ").replace(" Processor", "")
-    return name if len(name) <= 32 else f"{name[:31].rstrip()}…"
-
-
-def devices_in_words(devices: Sequence[Device]) -> str:
-    """How many of each model: 4 × RTX 3060 + 2 × RTX 3090."""
-    names = [short_model(device) for device in devices]
-    return " + ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
-
-
-def reserved_bytes(device: Device) -> int:
-    """What is held back on a device besides its usable bytes: on a GPU for the CUDA context and the allocator."""
-    return CONTEXT_BYTES + SLACK_BYTES if device.kind == "cuda" else 0
-
-
-def memory_parts(stage: Stage) -> dict[str, int]:
-    """What the memory of a stage's device is for, in bytes, by the names of `MEMORY`."""
-    sizes = (stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes, reserved_bytes(stage.device))
-    return dict(zip(MEMORY, (*sizes, max(0, stage.headroom_bytes)), strict=True))
-
-
 def _label(plan: Plan, row: Row) -> str:
-    stage, device = row.stage, row.stage.device
-    boxes = len({each.device.box.name for each in plan.stages}) > 1
-    name = f"{device.box.name}/{device.name}" if boxes else device.name
+    stage = row.stage
+    name = place(plan, stage)
     if row.alike:
         blocks = stage.last_block - stage.first_block
         held = f"{blocks} block{'s' * (blocks != 1)}"
-        return f"stage {stage.index} and {row.alike} alike · {name} · {short_model(device)} · {held}"
+        return f"stage {stage.index} and {row.alike} alike · {name} · {short_model(stage.device)} · {held}"
     held = f"blocks {stage.first_block}–{stage.last_block - 1}"
     if stage.last_block - stage.first_block == 1:
         held = f"block {stage.first_block}"
-    return f"stage {stage.index} · {name} · {short_model(device)} · {held}"
+    return f"stage {stage.index} · {name} · {short_model(stage.device)} · {held}"
 
 
 def _title(plan: Plan, times: Prediction) -> str:
@@ -258,22 +235,32 @@ def _draw_prefill(axes: "Axes", rows: list[Row], plan: Plan, prompt: int) -> Non
 
 def _draw_timeline(axes: "Axes", rows: list[Row], timeline: Timeline) -> None:
     _set_scale(axes, rows, 1e3 * timeline.seconds, "time [ms]", room=0.85)
-    colour, hatch = BUBBLE
     for i, row in enumerate(rows):
         stage = row.stage.index
-        for start, seconds in timeline.bubbles(stage):
-            axes.barh(
-                [i], [1e3 * seconds], left=1e3 * start, height=0.7, color=colour, edgecolor="#999999", hatch=hatch
-            )
-            _write_in(axes, 1e3 * start, 1e3 * seconds, i, "bubble", False)
-        for slot in timeline.of(stage):
-            step_colour, step_hatch = STEPS[slot.step % 2]
-            left, width = 1e3 * slot.start_seconds, 1e3 * slot.seconds
-            if _inches(axes) * width / axes.get_xlim()[1] < NARROW:
-                step_hatch = ""
-            axes.barh([i], [width], left=left, height=0.7, color=step_colour, edgecolor=EDGE, hatch=step_hatch)
-            _write_in(axes, left, width, i, str(slot.step + 1), step_colour == DARK)
+        bubbles = [(1e3 * start, 1e3 * seconds) for start, seconds in timeline.bubbles(stage)]
+        _draw_bars(axes, i, bubbles, BUBBLE)
+        for left, width in bubbles:
+            _write_in(axes, left, width, i, "bubble", False)
+        for parity, style in enumerate(STEPS):
+            slots = [slot for slot in timeline.of(stage) if slot.step % 2 == parity]
+            bars = [(1e3 * slot.start_seconds, 1e3 * slot.seconds) for slot in slots]
+            _draw_bars(axes, i, bars, style)
+            for slot, (left, width) in zip(slots, bars, strict=True):
+                _write_in(axes, left, width, i, str(slot.step + 1), parity == 0)
         _write_after(axes, 1e3 * timeline.seconds, i, f"busy {100 * timeline.busy_share(stage):.1f} %")
+
+
+def _draw_bars(axes: "Axes", row: int, bars: list[tuple[float, float]], style: tuple[str, str]) -> None:
+    """Bars of one row, as left ends and widths; narrow ones without a hatch."""
+    narrow = NARROW * axes.get_xlim()[1] / _inches(axes)
+    for hatch, some in (
+        (style[1], [bar for bar in bars if bar[1] >= narrow]),
+        ("", [bar for bar in bars if bar[1] < narrow]),
+    ):
+        if some:
+            lefts, widths = zip(*some, strict=True)
+            edge = "#999999" if style is BUBBLE else EDGE
+            axes.barh([row] * len(some), widths, left=lefts, height=0.7, color=style[0], edgecolor=edge, hatch=hatch)
 
 
 # --- axes and words in them ---
