@@ -6,7 +6,7 @@ time together, by the time model. Of cuts that are equally fast, it takes one in
 as possible.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..errors import PlanError
@@ -20,6 +20,9 @@ from .ways_out import Planner, ways_out
 SPARE = 0.01
 """Share of a device that a plan leaves free where it can: the workspace is an estimate."""
 
+SHORTER_CHUNKS = (256, 128, 64)
+"""Tokens of a prompt that run at once, where the workspace of more would not fit."""
+
 INT8_HEAD_NOTE = (
     "the output head, and embeddings tied to it, are int8: otherwise the model would not fit, or only barely"
 )
@@ -30,9 +33,10 @@ def make_plan(
 ) -> Plan:
     """The best plan over some of the devices, or all.
 
-    A device is left out if no stage gets faster with it; a note says so. Where the model does not fit and the settings
-    leave the output head open, it becomes int8. Raises PlanError, with the numbers, when it does not fit, when there
-    are more devices than blocks or when the context is longer than the model's.
+    A device is left out if no stage gets faster with it; a note says so. Where the model does not fit, the output head
+    becomes int8 if the settings leave it open, and then prompts run in shorter chunks. Raises PlanError, with the
+    numbers, when it does not fit, when there are more devices than blocks or when the context is longer than the
+    model's.
     """
     check_workload(spec, workload)
     blocks = len(spec.known_layout.blocks)
@@ -55,16 +59,28 @@ def _best_plan(
 ) -> Plan | None:
     """As `make_plan`, but None where the model does not fit."""
     dtype = _dtype(spec, devices)
-    smaller = spec.with_int8_head()
-    tries = [(spec, SPARE), (smaller, SPARE), (smaller, 0.0), (spec, 0.0)]
-    for candidate, spare in tries:
-        if candidate is None:
-            continue
-        plan = Draft(candidate, workload, dtype, len(devices)).best_plan(devices, objective, spare)
+    for candidate, work, spare, notes in _settings(spec, workload):
+        plan = Draft(candidate, work, dtype, len(devices)).best_plan(devices, objective, spare)
         if plan is not None:
-            notes = () if candidate is spec else (INT8_HEAD_NOTE,)
             return replace(plan, notes=(*notes, *_left_out(devices, plan)))
     return None
+
+
+def _settings(spec: ModelSpec, workload: Workload) -> Iterator[tuple[ModelSpec, Workload, float, tuple[str, ...]]]:
+    """What to plan with, best first: model, work, the share of a device to leave free, and what to say of it.
+
+    An int8 head costs next to nothing. A shorter chunk makes prompts slower, so it comes after that.
+    """
+    smaller = spec.with_int8_head()
+    yield spec, workload, SPARE, ()
+    if smaller is not None:
+        yield smaller, workload, SPARE, (INT8_HEAD_NOTE,)
+        yield smaller, workload, 0.0, (INT8_HEAD_NOTE,)
+    yield spec, workload, 0.0, ()
+    for chunk in (size for size in SHORTER_CHUNKS if size < workload.chunk):
+        notes = (INT8_HEAD_NOTE,) if smaller is not None else ()
+        note = f"prompts run in chunks of {chunk} tokens, not {workload.chunk}: otherwise the model would not fit"
+        yield smaller or spec, replace(workload, chunk=chunk), 0.0, (*notes, note)
 
 
 def fewest_devices(spec: ModelSpec, device: Device, workload: Workload) -> int:

@@ -26,6 +26,7 @@ from ..plan.devices import (
     cuda_devices,
     find_devices,
     gpu_presets,
+    plain_torch_note,
     preset_gpus,
     wait_without_spinning,
 )
@@ -81,7 +82,8 @@ class PlanFlags:
         note = f"planned for {count} x {one.model}"
         if self.gpu_type is None:
             note = f"no GPU was found: {note}; --gpu-type names another ({', '.join(sorted(gpu_presets()))})"
-        return preset_gpus(name, count), note
+        gpus = preset_gpus(name, count)
+        return gpus, "; ".join(filter(None, [note, plain_torch_note(gpus)]))
 
 
 Flags = TypeVar("Flags")
