@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ..errors import BigInt8Error, PlanError
 from ..options import DEFAULT_CONTEXT, Access, DeviceKind, Dtype, Workload
+from ..plan.clusters import load_cluster
 from ..plan.cut import fewest_devices
 from ..plan.devices import (
     Device,
@@ -63,6 +64,9 @@ class PlanFlags:
     gpu_type: Annotated[
         str | None, typer.Option(help=f"Plan for GPUs of this kind instead of this machine's: {DEFAULT_GPU_TYPE}, ...")
     ] = None
+    cluster: Annotated[
+        str | None, typer.Option(help="Plan for these boxes instead: a name of configs/clusters, or a YAML file.")
+    ] = None
     context: Annotated[
         int | None, typer.Option(min=1, help=f"Tokens of a sequence to leave room for ({DEFAULT_CONTEXT}).")
     ] = None
@@ -74,6 +78,11 @@ class PlanFlags:
 
     def devices_to_plan_for(self, spec: ModelSpec, kind: DeviceKind = "auto") -> tuple[list[Device], str | None]:
         """The devices to plan for, which need not be on this machine, and a note that says so."""
+        if self.cluster is not None:
+            if self.gpus is not None or self.gpu_type is not None:
+                raise BigInt8Error("--cluster says which GPUs there are: leave out --gpus and --gpu-type")
+            machines = load_cluster(self.cluster)
+            return list(machines.devices), machines.note
         if self.gpu_type is None and (kind != "auto" or cuda_devices()):
             return find_devices(kind, self.gpus)
         name = self.gpu_type or DEFAULT_GPU_TYPE
@@ -152,8 +161,8 @@ def unwind_on_sigterm() -> None:
 
 
 PARAMETERS = (
-    "address", "batch_size", "checkpoint", "context", "device", "dtype", "gpus", "gpu_type", "int8_head", "overwrite",
-    "revision", "trust_remote_code",
+    "address", "batch_size", "checkpoint", "cluster", "context", "device", "dtype", "gpus", "gpu_type", "int8_head",
+    "overwrite", "revision", "trust_remote_code",
 )  # fmt: skip
 """Parameters that the library's errors write as `name=value` or `name=`, and that the commands have as flags."""
 
