@@ -1,5 +1,6 @@
 """The page of plans: what a browser shows for a choice is what the planner answers for it."""
 
+import html
 import json
 import re
 import shutil
@@ -88,17 +89,24 @@ def data_of(text):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
 
+FRAME = """<!DOCTYPE html><body><iframe srcdoc="%s" style="border: 0; width: %dpx; height: 900px"></iframe><script>
+window.onload = () => document.body.append(document.querySelector("iframe").contentDocument.getElementById("seen"));
+</script></body>"""
+"""A browser's own window is never narrower than 500 pixels; a frame is."""
+
+
 def seen_in_browser(text, folder: Path, width):
     file = folder / "page.html"
-    file.write_text(text.replace("</body>", SCRIPT % json.dumps(MOVES)), encoding="utf-8")
+    watched = text.replace("</body>", SCRIPT % json.dumps(MOVES))
+    file.write_text(FRAME % (html.escape(watched), width), encoding="utf-8")
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1700,1000",
         f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri(),
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     found = re.search(r'<pre id="seen">(.*?)</pre>', shown, re.S)
     assert found, f"the page's script failed: {shown[-2000:]}"
-    return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    return json.loads(html.unescape(found[1]))
 
 
 @pytest.fixture(scope="module")
@@ -230,5 +238,7 @@ def test_controls_have_labels_and_take_the_keyboard(seen):
 
 
 def test_nothing_is_wider_than_a_window_of_400_or_1600_pixels(text, seen, tmp_path):
-    for step in [*seen.values(), *seen_in_browser(text, tmp_path, 400)]:
+    narrow = seen_in_browser(text, tmp_path, 400)
+    assert {step["window"] for step in narrow} == {400} and {step["window"] for step in seen.values()} == {1600}
+    for step in [*seen.values(), *narrow]:
         assert step["wide"] <= step["window"], step["name"]

@@ -14,10 +14,10 @@ from rich.console import Console
 from simulated import nothing_left
 
 from bigint8.errors import BigInt8Error, PlanError
-from bigint8.model.step import Result
+from bigint8.model.step import Result, Step
 from bigint8.options import Workload
 from bigint8.plan.cut import make_plan
-from bigint8.plan.devices import Device, preset_gpus
+from bigint8.plan.devices import Box, Device, preset_gpus
 from bigint8.plan.predict import PlanTimes, predict
 from bigint8.plan.spec import spec_of
 from bigint8.plan.speed import UNKNOWN_CORE
@@ -25,8 +25,10 @@ from bigint8.plan.time import Rows, TimeModel
 from bigint8.run.engine import MAX_RESTARTS, Engine
 from bigint8.run.settings import Settings
 from bigint8.run.stages import StageLost
+from bigint8.simulation.clock import Clock
 from bigint8.simulation.load import Failure, Failures, Load
 from bigint8.simulation.simulate import Simulation, simulate
+from bigint8.simulation.stages import SimulatedStages
 from bigint8.sources.find import find_source
 from bigint8.terminal.simulated_table import print_simulated
 
@@ -115,6 +117,36 @@ def test_full_pipelines_are_as_fast_as_their_slowest_stage(name, new, request):
     assert max(found.busy) > 0.94 and all(0 < share <= 1 for share in found.busy)
     predicted = predict(plan, context=64 + new // 2, sequences=16)
     assert 0.6 * predicted.tokens_per_s < found.tokens_per_s < 1.02 * predicted.tokens_per_s
+
+
+def test_a_stage_that_is_slower_than_the_one_before_computes_one_step_at_a_time(llama):
+    slow = replace(CORE, speed=replace(UNKNOWN_CORE, read_bytes_per_s=3e9))
+    plan = replace(llama, stages=(llama.stages[0], replace(llama.stages[1], device=slow)))
+    found = simulate(plan, Load(16, prompt_tokens=64, new_tokens=200))
+    assert 0.9 < found.busy[1] <= 1 and found.busy[0] < 0.8
+    assert found.tokens_per_s < predict(plan, context=64, sequences=16).tokens_per_s
+
+
+def test_a_link_carries_one_step_at_a_time(llama):
+    far = replace(CORE, box=Box("far", network_bytes_per_s=1e4))
+    plan = replace(llama, stages=(llama.stages[0], replace(llama.stages[1], device=far)))
+    found = simulate(plan, Load(16, prompt_tokens=64, new_tokens=20))
+    assert found.seconds > PlanTimes(plan).hop_seconds(0, 16 * (64 + 19))
+
+
+def test_rows_for_a_head_in_the_first_stage_go_before_steps():
+    plan, clock, came = plan_of("smollm2-135m", [CORE] * 3, Workload(256, 8)), Clock(), []
+    times = PlanTimes(plan)
+    stages = SimulatedStages(times, clock, lambda result: came.append((result.number, clock.now)))
+    zero, one = np.zeros(1, np.int32), np.zeros((1, 1, 1), np.int32)
+    for number in range(400):
+        stages.send(Step(number, zero, zero, zero, zero, 1, one, keep=zero))
+    while clock.go_on():
+        pass
+    alone = times.decode(1, 1)
+    assert [number for number, _ in came] == list(range(400))
+    assert came[0][1] <= alone.seconds + alone.stages[0]
+    assert came[-1][1] == clock.now >= 400 * alone.stages[0]
 
 
 def test_the_busy_seconds_are_those_of_the_steps(llama):
@@ -232,6 +264,12 @@ def test_requests_come_at_the_rate_that_is_asked_with_the_lengths_that_are_asked
     assert min(min(each.prompt_tokens, each.new_tokens) for each in short) >= 1
 
 
+def test_an_infinite_rate_is_all_at_once(llama):
+    load = Load(5, float("inf"), 64, 8)
+    assert load == Load(5, None, 64, 8) and {each.seconds for each in load.asked(512)} == {0.0}
+    json.dumps(simulate(llama, load).to_dict(), allow_nan=False)
+
+
 def test_more_pipelines_give_more_tokens_a_second_and_shorter_queues(llama):
     found = [simulate(llama, Load(120, 1000.0, 64, 32, seed=1), pipelines) for pipelines in (1, 2, 4)]
     assert found[0].tokens_per_s < 0.7 * found[1].tokens_per_s < 0.5 * found[2].tokens_per_s
@@ -317,6 +355,9 @@ def test_a_pipeline_whose_stages_die_time_and_again_ends_as_the_engine_does(llam
     assert (found.done, found.failed) == (3, 3)
     found = simulate(llama, Load(6, sessions=2, prompt_tokens=64, new_tokens=8), 1, Failures(at=at))
     assert (found.done, found.failed) == (0, 6)
+    apart = tuple(Failure(100.0 * n + 0.01, 0, 0) for n in range(2 * MAX_RESTARTS))
+    found = simulate(llama, Load(60, 0.1, 64, 8), 1, Failures(at=apart))
+    assert (found.done, found.failed, found.failures) == (60, 0, len(apart))
     found = simulate(llama, Load(6, None, 64, 8), 2, Failures(at=at[:-1]))
     assert (found.done, found.failed) == (6, 0)
 

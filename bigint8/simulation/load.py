@@ -17,7 +17,7 @@ RESTART_SECONDS = 15.0
 class Load:
     """Requests that arrive by chance, alike for the same seed. Raises BigInt8Error for what makes no sense.
 
-    rate_per_s: requests a second, on average; None: all are there at once
+    rate_per_s: requests a second, on average; None, or infinity, which becomes None: all are there at once
     sessions: instead of a rate, so many people each of whom asks when they have their answer; None: nobody waits
     prompt_tokens, new_tokens: of each request, or their mean
     spread: of both, the standard deviation of their logarithms (they are lognormal); 0: all are alike. Lengths beyond
@@ -35,6 +35,8 @@ class Load:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.rate_per_s == inf:
+            object.__setattr__(self, "rate_per_s", None)  # JSON has no infinity
         allowed = {
             "requests": (self.requests >= 1, "at least 1"),
             "rate_per_s": (self.rate_per_s is None or self.rate_per_s > 0, "above 0"),
@@ -64,7 +66,7 @@ class Load:
             )
         when, prompts, answers = (np.random.default_rng([self.seed, stream]) for stream in range(3))
         seconds = np.zeros(self.requests)
-        if self.rate_per_s is not None and self.rate_per_s < inf:
+        if self.rate_per_s is not None:
             seconds = when.exponential(1 / self.rate_per_s, self.requests).cumsum()
         new = self._lengths(answers, self.new_tokens).clip(1, context - 1)
         prompt = np.minimum(self._lengths(prompts, self.prompt_tokens).clip(1), context - new)
@@ -116,8 +118,11 @@ class Failures:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.device_seconds is not None and not self.device_seconds > 0:
-            raise BigInt8Error(f"device_seconds={self.device_seconds}: the mean time between failures must be above 0")
+        if self.device_seconds is not None and not 0 < self.device_seconds < inf:
+            raise BigInt8Error(
+                f"device_seconds={self.device_seconds}: the mean time between failures must be above 0 and finite; "
+                "leave it out for none"
+            )
         if not 0 <= self.restart_seconds < inf:
             raise BigInt8Error(f"restart_seconds={self.restart_seconds}: must be 0 or more")
 
@@ -132,7 +137,7 @@ class Failures:
 
     def by_chance(self, pipelines: int, stages: int) -> Iterator[Failure]:
         """Without end, in order: each device dies at a constant rate."""
-        if self.device_seconds is None or self.device_seconds == inf:
+        if self.device_seconds is None:
             return
         chance, seconds = np.random.default_rng([self.seed, 3]), 0.0
         while True:
