@@ -83,7 +83,7 @@ def our_cut(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> C
             raise
         return None
     held = [(stage.device, stage.modules) for stage in plan.stages]
-    return _weighed(plan.spec, workload, plan.dtype, devices, held)
+    return _weighed(plan.spec, plan.workload, plan.dtype, devices, held)
 
 
 def their_cut(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Cut:

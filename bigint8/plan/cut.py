@@ -50,7 +50,8 @@ def make_plan(
 
     plan = planner(spec, devices, workload)
     if plan is None:
-        raise _does_not_fit(spec, devices, _closest(spec, devices, workload, _dtype(spec, devices)), planner)
+        shortest = replace(workload, chunk=min(workload.chunk, *SHORTER_CHUNKS))
+        raise _does_not_fit(spec, devices, workload, _closest(spec, devices, shortest, _dtype(spec, devices)), planner)
     return plan
 
 
@@ -109,7 +110,7 @@ def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload
     plan = planner(spec, devices, workload)
     if plan is None:
         some = devices[: len(spec.known_layout.blocks)]
-        raise _does_not_fit(spec, some, _closest(spec, some, workload, dtype(devices)), planner)
+        raise _does_not_fit(spec, some, workload, _closest(spec, some, workload, dtype(devices)), planner)
     return plan
 
 
@@ -150,6 +151,8 @@ def _closest(spec: ModelSpec, devices: Sequence[Device], workload: Workload, dty
     return draft.plan(draft.emptiest_cut(devices), devices)
 
 
-def _does_not_fit(spec: ModelSpec, devices: Sequence[Device], closest: Plan, planner: Planner) -> PlanError:
-    found = ways_out(spec, devices, closest, planner)
+def _does_not_fit(
+    spec: ModelSpec, devices: Sequence[Device], workload: Workload, closest: Plan, planner: Planner
+) -> PlanError:
+    found = ways_out(spec, devices, workload, closest, planner)
     return PlanError(str(found), ways_out=found)

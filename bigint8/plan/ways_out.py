@@ -62,12 +62,14 @@ class HostMemory:
 class WaysOut:
     """Why a model does not fit, and what would help.
 
-    closest: the cut over all devices, in their order, that comes nearest to fitting, with an int8 head if the settings
-        leave that open; at least one of its stages lacks memory
+    workload: what was asked for
+    closest: the cut over all devices, in their order, that comes nearest to fitting, with all that the planner changes
+        when it must: an int8 head, shorter chunks; at least one of its stages lacks memory
     host: what would lie in host memory, None without GPUs or where nothing is known of their boxes' memory
     plans: how many plans were made for this
     """
 
+    workload: Workload
     closest: Plan
     ways: tuple[Way, ...]
     host: HostMemory | None
@@ -112,19 +114,23 @@ def used_bytes(stage: Stage) -> int:
     return stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
 
 
-def ways_out(spec: ModelSpec, devices: Sequence[Device], closest: Plan, planner: Planner) -> WaysOut:
-    """Try what would help. `spec` is as it was asked for; `closest` is the plan that does not fit."""
-    tries = _Tries(spec, devices, closest, planner)
+def ways_out(
+    spec: ModelSpec, devices: Sequence[Device], workload: Workload, closest: Plan, planner: Planner
+) -> WaysOut:
+    """Try what would help. `closest` is the plan that does not fit; all else is as it was asked for."""
+    tries = _Tries(spec, devices, workload, closest, planner)
     ways = tuple(tries.ways())
-    return WaysOut(closest, ways, _host_memory(closest, devices), tries.plans)
+    return WaysOut(workload, closest, ways, _host_memory(closest, devices), tries.plans)
 
 
 class _Tries:
     """The plans that are made to find out what helps."""
 
-    def __init__(self, spec: ModelSpec, devices: Sequence[Device], closest: Plan, planner: Planner) -> None:
-        self.spec, self.devices, self.closest, self._planner = spec, devices, closest, planner
-        self.work = closest.workload
+    def __init__(
+        self, spec: ModelSpec, devices: Sequence[Device], workload: Workload, closest: Plan, planner: Planner
+    ) -> None:
+        self.spec, self.devices, self.work = spec, devices, workload
+        self.closest, self._planner = closest, planner
         self.plans = 0
 
     def ways(self) -> Iterator[Way]:
@@ -150,7 +156,8 @@ class _Tries:
                 yield "head", "int8_head=True, where the settings keep the head in 16-bit", plan
 
     def _chunk(self) -> Iterator[tuple[Change, str, Plan]]:
-        chunk = min(self.work.chunk, self.work.context * self.work.sequences)
+        """Shorter ones than the planner takes by itself when it must."""
+        chunk = min(self.closest.workload.chunk, self.work.context * self.work.sequences)
         smaller = (2**power for power in range(chunk.bit_length(), 0, -1) if SHORTEST_CHUNK <= 2**power < chunk)
         for tokens in smaller:
             plan = self._plan(replace(self.work, chunk=tokens))
@@ -208,7 +215,7 @@ class _Tries:
     def _missing(self) -> int:
         """The bytes that all devices lack together, whichever of them are used and wherever the cuts are."""
         spec, dtype = self.closest.spec, self.closest.dtype
-        draft = Draft(spec, self.work, dtype, 1)
+        draft = Draft(spec, self.closest.workload, dtype, 1)
         whole = draft.stage(0, self.devices[0], 0, len(spec.known_layout.blocks))
         room = sum(max(0, device.usable_bytes - draft.workspace(device)) for device in self.devices)
         return max(0, whole.weight_bytes + whole.kv_bytes - room)

@@ -22,7 +22,7 @@ def print_ways_out(console: Console, found: WaysOut, worded: Callable[[str], str
 
 
 def _print_closest(console: Console, found: WaysOut) -> None:
-    work = found.closest.workload
+    work = found.workload
     table = new_table(
         f"{found.closest.spec.name} does not fit: context {work.context}, batch {work.sequences}; the closest cut, "
         "sizes in GiB"
