@@ -26,6 +26,17 @@ hundred rows on) and take more workspace."""
 PAGE_TOKENS = 16
 """Tokens of a page of keys and values: `bigint8_kernels.step.PAGE`, which cannot be imported without torch."""
 
+SHORT_PROMPT = 48
+"""A prompt of at most so many tokens is computed as generated tokens are: with 16-bit activations, which lose nothing,
+and with so few rows take no longer than int8 ones."""
+
+LEAST_PIECE = 4 * PAGE_TOKENS
+"""Prompt tokens are not spread any thinner: below, the time of a step is that of reading the weights."""
+
+PIECES = 4
+"""Steps for each stage that a burst of prompts is cut into at least. The later stages have nothing to do until the
+first has done one, and the first ones nothing while the last one is done."""
+
 SHARD_BYTES = 5 * 10**9
 """The most that a shard holds, unless one tensor is larger."""
 
@@ -99,6 +110,14 @@ class Workload:
     def most_rows(self) -> int:
         """The most tokens that run at once: a chunk of prompts, and a token of each sequence."""
         return min(self.chunk, self.sequences * self.context) + self.sequences
+
+    def piece(self, unsent: int, stages: int) -> int:
+        """How many tokens of the prompts that wait, `unsent` in all, the next step takes at most over so many stages.
+
+        Whole pages, and no more than a chunk.
+        """
+        part = max(LEAST_PIECE, -(-unsent // (1 if stages == 1 else PIECES * stages)))
+        return min(self.chunk, -(-part // PAGE_TOKENS) * PAGE_TOKENS)
 
     @classmethod
     def of(cls, context: int | None, sequences: int, longest: int | None) -> Self:

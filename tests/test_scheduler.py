@@ -12,11 +12,10 @@ from simulated import SimulatedStages, alone, check_pages, nothing_left, short_p
 
 from bigint8.errors import BigInt8Error, PlanError
 from bigint8.model.step import Result
-from bigint8.options import Workload
+from bigint8.options import SHORT_PROMPT, Workload
 from bigint8.run.pages import PageGroup
 from bigint8.run.requests import Completion
 from bigint8.run.scheduler import Scheduler
-from bigint8.run.sequence import SHORT_PROMPT
 from bigint8.run.settings import Settings
 from bigint8.run.tables import Tables
 

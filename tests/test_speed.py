@@ -16,6 +16,8 @@ from bigint8.plan.predict import PlanTimes, predict
 from bigint8.plan.spec import spec_of
 from bigint8.plan.speed import UNKNOWN_CORE, MeasuredSpeeds, cpu_speed, measured_gpu, save_speeds, speeds_file
 from bigint8.plan.time import Rows, TimeModel
+from bigint8.simulation.load import Load
+from bigint8.simulation.simulate import simulate
 from bigint8.sources.find import find_source
 
 
@@ -94,9 +96,15 @@ def test_a_prediction_adds_up():
     alone = predict(plan, sequences=1)
     total = sum(stage.decode_seconds + stage.hop_seconds for stage in alone.stages)
     assert alone.token_seconds == pytest.approx(total) and alone.tokens_per_s < found.tokens_per_s
-    long = predict(plan, prompt=1024)
-    chunks = [PlanTimes(plan).prompt(512, after) for after in (0, 512)]
-    assert long.prompt_seconds == pytest.approx(chunks[0].seconds + max(chunks[1].stages))
+
+
+@pytest.mark.parametrize("tokens", [40, 300, 1000])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_prompt_takes_as_long_as_in_the_simulation_with_the_scheduler_that_runs(stages, tokens):
+    spec = spec_of(find_source("tinyllama-1.1b", fetch=False))
+    plan = make_plan(spec, [Device("cpu", "a core", 2**33, None, FAST)] * stages, Workload(2048, 1))
+    simulated = simulate(plan, Load(1, prompt_tokens=tokens, new_tokens=1)).first_token.mean_seconds
+    assert PlanTimes(plan).prompt_seconds(tokens) == pytest.approx(simulated, rel=0.03)
 
 
 def test_every_rate_is_measured_with_real_steps(monkeypatch):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
+from ..options import SHORT_PROMPT
 from ..units import FLOAT_BYTES
 from .plan import Plan, Stage
 from .time import DRIVER_SECONDS, Rows, TimeModel, Work, hop_seconds
@@ -132,11 +133,27 @@ class PlanTimes:
             return 0.0
         return hop_seconds(stages[index].device, stages[(index + 1) % len(stages)].device, self.model.rows_bytes(rows))
 
+    def pieces(self, tokens: int) -> list[StepTimes]:
+        """The steps of a prompt alone, cut as the scheduler cuts it: a short one runs as generated tokens do."""
+        work, stages = self.plan.workload, len(self.plan.stages)
+        if tokens <= SHORT_PROMPT:
+            return [self.step(Rows(decode=tokens, context=tokens // 2, kept=1))]
+        steps, sent = [], 0
+        while sent < tokens:
+            piece = min(work.piece(tokens - sent, stages), tokens - sent)
+            steps.append(self.prompt(piece, sent))
+            sent += piece
+        return steps
+
     def prompt_seconds(self, tokens: int) -> float:
-        """Until the first token of a prompt: its chunks go through the stages one behind the other."""
-        chunk = self.plan.workload.chunk
-        steps = [self.prompt(min(chunk, tokens - first), first) for first in range(0, tokens, chunk)]
-        return steps[0].seconds + sum(max(step.stages) for step in steps[1:])
+        """Until the first token of a prompt: its pieces go through the stages one behind the other."""
+        free, at = [0.0] * len(self.plan.stages), 0.0
+        for step in self.pieces(tokens):
+            at = 0.0
+            for stage, (seconds, hop) in enumerate(zip(step.stages, step.hops, strict=True)):
+                free[stage] = max(at, free[stage]) + seconds
+                at = free[stage] + hop
+        return at
 
     def load_seconds(self, stage: Stage, alone: bool = False) -> float:
         """To read a stage's tensors from its box's disk, which its other stages read too but for one that is loaded

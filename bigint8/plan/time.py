@@ -26,13 +26,15 @@ DRIVER_SECONDS = 300e-6
 class Rows:
     """The rows of a step: `decode` sequences that each see `context` tokens, and `prompt` tokens of one sequence.
 
-    `prompt_after`: how many tokens of that sequence came before
+    `prompt_after`: how many tokens of that sequence came before; `kept`: rows that the head takes, by default those of
+    all sequences that decode and one of the prompt
     """
 
     decode: int = 0
     context: int = 0
     prompt: int = 0
     prompt_after: int = 0
+    kept: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class TimeModel:
             prompt=rows.prompt,
             few_seen=tuple(rows.decode * _seen(rows.context, window) for window in self.layout.groups),
             prompt_seen=tuple(rows.prompt * _seen(middle, window) for window in self.layout.groups),
-            kept=rows.decode + (rows.prompt > 0),
+            kept=rows.decode + (rows.prompt > 0) if rows.kept is None else rows.kept,
         )
 
     def block_cost(self, block: int, speed: Speed) -> Cost:

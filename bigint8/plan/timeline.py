@@ -9,7 +9,7 @@ from .predict import PlanTimes, Prediction
 
 @dataclass(frozen=True)
 class Slot:
-    """The time that one stage spends on one step; a step is a group of sequences, or a chunk of a prompt."""
+    """The time that one stage spends on one step; a step is a group of sequences, or a piece of a prompt."""
 
     stage: int
     step: int
@@ -69,17 +69,15 @@ def decode_round(prediction: Prediction) -> Timeline:
 
 
 def prefill(plan: Plan, tokens: int) -> Timeline:
-    """A prompt of so many tokens: its chunks go through the stages one behind the other, until the first token."""
-    times, chunk = PlanTimes(plan), plan.workload.chunk
+    """A prompt of so many tokens: its pieces go through the stages one behind the other, until the first token."""
     free = [0.0] * len(plan.stages)
     slots, at = [], 0.0
-    firsts = range(0, tokens, chunk)
-    for number, first in enumerate(firsts):
-        step = times.prompt(min(chunk, tokens - first), first)
+    steps = PlanTimes(plan).pieces(tokens)
+    for number, step in enumerate(steps):
         at = 0.0
         for stage, (seconds, hop) in enumerate(zip(step.stages, step.hops, strict=True)):
             slots.append(Slot(stage, number, max(at, free[stage]), seconds))
             free[stage] = slots[-1].end_seconds
             at = free[stage] + hop
     slots.sort(key=lambda slot: (slot.stage, slot.start_seconds))
-    return Timeline(tuple(slots), len(firsts), at)
+    return Timeline(tuple(slots), len(steps), at)

@@ -16,9 +16,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import BigInt8Error
 from ..families.table import find_family
+from ..options import SHORT_PROMPT
 from ..plan.plan import Plan
 from .feed import Fed
-from .sequence import SHORT_PROMPT
 
 
 class Sequences(Protocol):

@@ -26,14 +26,6 @@ from .sequence import Request, Sequence
 from .steps import StepMaker
 from .tables import Copy, Table, Tables
 
-LEAST_PROMPT_ROWS = 4 * PAGE_TOKENS
-"""Prompt tokens are not spread any thinner: below, the time of a step is that of reading the weights."""
-
-
-PIECES = 4
-"""Steps for each stage that a burst of prompts is cut into at least. The later stages have nothing to do until the
-first has done one, and the first ones nothing while the last one is done."""
-
 
 class Scheduler:
     """The requests that wait, those that run, and the steps that are under way."""
@@ -169,9 +161,7 @@ class Scheduler:
 
     def _prompt_rows(self, copies: list[Copy]) -> list[Rows]:
         """The next tokens of prompts, first come first served, up to this slot's part of those that wait."""
-        pieces = 1 if self.stages == 1 else PIECES * self.stages
-        part = max(LEAST_PROMPT_ROWS, -(-self._unsent // pieces))
-        left = min(self.workload.chunk, -(-part // PAGE_TOKENS) * PAGE_TOKENS)
+        left = self.workload.piece(self._unsent, self.stages)
         rows: list[Rows] = []
         for request in list(self.prompts):
             if left and request.sequences[0].flights < self.prompt_flights and not request.dropped:

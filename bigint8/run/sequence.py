@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..model.step import Ints
+from ..options import SHORT_PROMPT
 from .requests import Completion
 from .tables import Table
-
-SHORT_PROMPT = 48
-"""A prompt of at most so many tokens is computed as generated tokens are: with 16-bit activations, which lose nothing,
-and with so few rows take no longer than int8 ones."""
 
 
 @dataclass(eq=False)
