@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from bigint8_kernels import float_linear
 
-from .examine_steps import LlamaStack, seconds_of
+from .examine_steps import LlamaStack, least_seconds_of
 from .model.graphs import Graphs, Shape
 from .model.program import Rows
 from .plan.devices import Device, usable_cpus
@@ -47,15 +47,15 @@ class _Steps:
         x, batch = self.stack.given(counts, rows if kind == "decode" else 0)
         if self.device.type == "cpu":
             recorded = Rows(self.stack.program, self.stack.hidden, rows, self.device)
-            return seconds_of(lambda: recorded.run(batch, x), self.device)
+            return least_seconds_of(lambda: recorded.run(batch, x), self.device)
         if kind == "prompt":
-            return seconds_of(lambda: self.stack.run(x, batch), self.device)
+            return least_seconds_of(lambda: self.stack.run(x, batch), self.device)
         tables = tuple(table.shape[1] for table in batch.tables)
         graphs = Graphs(
             self.stack.run, Shape(self.stack.hidden, x.dtype, tables, self.stack.width), self.device, (rows,)
         )
         graphs.capture()
-        return seconds_of(lambda: graphs(x, batch), self.device)
+        return least_seconds_of(lambda: graphs(x, batch), self.device)
 
 
 def measure_device(device: Device) -> Iterator[tuple[int, Speed]]:
@@ -114,8 +114,8 @@ def _head_seconds(device: torch.device) -> Callable[[int], float]:
         x = torch.randn(rows, HIDDEN, device=device)
         if device.type == "cuda":
             narrow = x.to(torch.bfloat16)
-            return seconds_of(lambda: narrow @ weight.T, device)
-        return seconds_of(lambda: float_linear(x, weight), device)
+            return least_seconds_of(lambda: narrow @ weight.T, device)
+        return least_seconds_of(lambda: float_linear(x, weight), device)
 
     return seconds
 
@@ -124,4 +124,4 @@ def _bus_bytes_per_s(device: torch.device) -> float:
     """From page-locked host memory to a GPU; for the CPU, from memory to memory."""
     target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    return COPY_BYTES / seconds_of(lambda: target.copy_(source, non_blocking=True), device)
+    return COPY_BYTES / least_seconds_of(lambda: target.copy_(source, non_blocking=True), device)
