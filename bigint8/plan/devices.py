@@ -1,6 +1,5 @@
 """What devices this machine, or a preset of one, has: kind, memory and the 16-bit format it is fast at."""
 
-import difflib
 import os
 import platform
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import BigInt8Error
+from ..errors import BigInt8Error, nearest
 from ..options import DeviceKind
 from ..sources.presets import read_yaml
 from ..units import GIB, MIB
@@ -131,14 +130,6 @@ def plain_torch_note(devices: Iterable[Device]) -> str | None:
     if not old:
         return None
     return f"int8 products run in plain torch on {', '.join(old)}, and slower: kernels need compute capability 8.0"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """What a person may have meant, and what there is."""
-    there = sorted(names)
-    close = difflib.get_close_matches(name, there, 3, cutoff=0.5)
-    meant = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{meant}there are {', '.join(there)}"
 
 
 def cuda_devices() -> list[Device]:

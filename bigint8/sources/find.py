@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.folder import CONFIG_FILES
 from ..checkpoint.headers import INDEX_FILE, SINGLE_FILE, how_to_convert, read_config
-from ..errors import CheckpointError, in_one_line
+from ..errors import CheckpointError, in_one_line, nearest
 from ..options import Access
 from .gguf import cache_folder, convert_wheel
 from .presets import ModelPreset, find_preset, preset_names
@@ -43,8 +43,9 @@ class Source:
         """The error for weights that are nowhere."""
         places = "".join(f"\n  - {place}" for place in self.looked)
         how = f"\n{self.preset.how}" if self.preset and self.preset.how else ""
+        presets = "" if self.preset else f"\nPresets: {nearest(self.name, preset_names())}."
         return CheckpointError(
-            f"no weights for {self.name}; looked for them in:{places}{how}\n"
+            f"no weights for {self.name}; looked for them in:{places}{how}{presets}\n"
             "Give a folder that has them as the model, or keep the preset and add checkpoint=DIR"
         )
 
