@@ -296,8 +296,14 @@ def _open(file: Path, flags: int = 0) -> int:
 
 
 def _aligned(size: int, pin: bool) -> Tensor:
-    """A buffer that begins at a page."""
-    buffer = torch.empty(size + DIRECT_ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
+    """A buffer that begins at a page.
+
+    One that is not page-locked is a mapping of its own: the system has it back at once, where the allocator would keep
+    it beside the weights.
+    """
+    if not pin:
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    buffer = torch.empty(size + DIRECT_ALIGNMENT, dtype=torch.uint8, pin_memory=True)
     return buffer[-buffer.data_ptr() % DIRECT_ALIGNMENT :]
 
 
