@@ -1,6 +1,6 @@
 """Is this machine all right? Checks every kernel against the reference on this machine, and measures it.
 
-python -m bigint8.doctor [--device auto|cuda|cpu] [--folder DIR] [--json FILE]
+python -m bigint8.doctor [--device auto|cuda|cpu] [--folder DIR] [--save] [--json FILE]
 
 Exits with 1 if a kernel gives wrong results or fails. The values and figures are those of `bigint8.examine`.
 """
@@ -12,10 +12,12 @@ from typing import Annotated
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from .options import DeviceKind
-from .plan.devices import find_devices
+from .plan.devices import Device, find_devices
+from .plan.speed import save_speeds
 from .terminal.flags import JsonFile, command, new_app, new_console, run_command, write_json
 
 app = new_app()
@@ -27,6 +29,9 @@ class DoctorFlags:
 
     device: Annotated[DeviceKind, typer.Option(help="What to examine.")] = "auto"
     folder: Annotated[Path | None, typer.Option(help="Where checkpoints are: the disk to time.")] = None
+    save: Annotated[
+        bool, typer.Option("--save", help="Measure what the time model needs, and keep it: plans take it from then on.")
+    ] = False
     json_file: JsonFile = None
 
 
@@ -60,6 +65,28 @@ def run(flags: DoctorFlags) -> None:
     if wrong:
         raise typer.Exit(1)
     console.print("Every kernel computes what it should.")
+    if flags.save:
+        _save(console, devices)
+
+
+def _save(console: Console, devices: list[Device]) -> None:
+    """Measure one device of each kind, and keep the figures for plans."""
+    from .measure_speed import measure_device
+
+    for model, device in {device.model: device for device in devices}.items():
+        with console.status(f"measuring {model}"):
+            speeds = dict(measure_device(device))
+        file = save_speeds(model, speeds)
+        for cores, speed in speeds.items():
+            named = f", {cores} core{'s' * (cores > 1)}" if device.kind == "cpu" else ""
+            console.print(
+                f"{model}{named}: weights are read at {speed.read_bytes_per_s / 1e9:.1f} GB/s, keys and values at "
+                f"{speed.cache_bytes_per_s / 1e9:.1f} GB/s; {speed.row_ops_per_s / 1e9:.0f} GOP/s for a row more, "
+                f"{speed.prompt_ops_per_s / 1e9:.0f} for prompts; a block takes {1e6 * speed.block_seconds:.0f} us "
+                "besides",
+                soft_wrap=True,
+            )
+    console.print(f"Plans take this from {file}.", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,14 @@ class CheckpointError(BigInt8Error):
 
 
 class PlanError(BigInt8Error):
-    """A model that does not fit, or a device map that does not cover it."""
+    """A model that does not fit, or a device map that does not cover it.
+
+    `ways_out` is what was needed and what would help (`bigint8.plan.ways_out.WaysOut`), None where nothing was planned.
+    """
+
+    def __init__(self, *message: object, ways_out: object | None = None) -> None:
+        super().__init__(*message)
+        self.ways_out = ways_out
 
 
 class WorkerError(BigInt8Error):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from bigint8_kernels import operations
 from bigint8_kernels.reference_step import ReferenceOperations
-from bigint8_kernels.step import PAGE, Attention, Batch, Linear, Norm, pool_shape
+from bigint8_kernels.step import PAGE, Attention, Batch, Linear, Norm, Operations, pool_shape
 from torch import Tensor
 
 from .model.fused import FusedBlock, run_block
@@ -60,9 +60,22 @@ class LlamaStack:
         cos, sin = torch.randn(2, len(places), self.width // 2, device=self.device).unbind()
         return x, Batch(place, sequence, (pages.view(len(counts), -1),), few, cos, sin)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a token's keys and values in one block."""
+        return self.pools[0][0].nbytes // PAGE
+
+    def weight_values(self, block: int) -> int:
+        """Values of a block's int8 layers."""
+        of = self.blocks[block]
+        return sum(linear.weight.numel() for linear in (*of.qkv, of.out, *of.up, of.down))
+
     def run(self, x: Tensor, batch: Batch, reference_instead: bool = False) -> Tensor:
         """All blocks, with the kernels of the device or in plain torch."""
-        ops = ReferenceOperations(batch) if reference_instead else operations(batch)
+        return self.program(ReferenceOperations(batch) if reference_instead else operations(batch), x)
+
+    def program(self, ops: Operations, x: Tensor) -> Tensor:
+        """All blocks, with these operations."""
         delta: Tensor | None = None
         for block, pool in zip(self.blocks, self.pools, strict=True):
             x, delta = run_block(ops, block, x, delta, pool)

@@ -77,8 +77,9 @@ def launch(flags: LaunchFlags) -> None:
         if not flags.plan_only:
             raise found.source.not_found()
         return
-    if flags.gpu_type is not None:
-        raise BigInt8Error("--gpu-type is for --plan-only: to run, bigint8 uses the devices that are there")
+    for flag, given in (("--gpu-type", flags.gpu_type), ("--cluster", flags.cluster)):
+        if given is not None:
+            raise BigInt8Error(f"{flag} is for --plan-only: to run, bigint8 uses the devices that are there")
     _run(console, found, flags)
 
 

@@ -18,10 +18,13 @@ LIBRARY, KERNELS = ROOT / "bigint8", ROOT / "kernels" / "bigint8_kernels"
 
 ROOMS = (
     ("errors", "units"), ("options",), ("checkpoint",), ("sources",), ("families",), ("plan",), ("model",), ("load",),
-    ("run",), ("session",), ("model_pipeline",), ("terminal",), ("examine_steps",), ("examine",),
-    ("launch", "check", "quantize", "doctor"), ("__main__",),
+    ("run",), ("simulation",), ("session",), ("model_pipeline",), ("terminal",), ("compare_plans",), ("examine_steps",),
+    ("examine", "measure_speed"), ("launch", "plan_command", "check", "quantize", "doctor"), ("__main__",),
 )  # fmt: skip
 """Each imports only from those before it, and from itself. Those that stand together import nothing of each other."""
+
+COMMAND_OF_A_ROOM = "bigint8.plan.__main__"
+"""`python -m bigint8.plan` is a command, though its name is that of a room: it stands with the commands' `__main__`."""
 
 PUBLIC_NAMES = "bigint8"
 """The package itself, which hands out names of many rooms: it alone is outside the order, and no room imports it."""
@@ -71,7 +74,7 @@ def imports_of(name: str) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    return module.split(".")[1]
+    return "__main__" if module == COMMAND_OF_A_ROOM else module.split(".")[1]
 
 
 def rank(room: str) -> int:

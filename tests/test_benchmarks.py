@@ -3,12 +3,15 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
 from tiny import save_tiny
 from typer.testing import CliRunner
+
+from bigint8.compare_plans import compare
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -143,3 +146,15 @@ def test_a_start_is_timed_by_what_the_program_says(bench):
     assert seconds["tokens"] == pytest.approx(seconds["to the last token"] - seconds["to loaded"])
     with pytest.raises(RuntimeError, match="no such model"):
         start.timed([sys.executable, "-c", "import sys; sys.exit('no such model')"])
+
+
+def test_plans_are_compared_in_a_table_and_a_worse_one_of_ours_ends_with_an_error(bench, tmp_path, monkeypatch):
+    plans = bench("plans")
+    monkeypatch.setattr(plans, "MACHINES", ({"rtx-3060": 1}, {"rtx-3060": 1, "rtx-4090": 1}))
+    written = run(plans, "--model", "phi-2", "--all", "--markdown", str(tmp_path / "table.md"))
+    assert "2 cases" in written and "WORSE" not in written
+    assert (tmp_path / "table.md").read_text().count("| phi-2 |") == 2
+    monkeypatch.setattr(plans, "compare", lambda *case: replace(compare(*case), ours=None))
+    app = typer.Typer()
+    app.command()(plans.main)
+    assert CliRunner().invoke(app, ["--model", "phi-2", "--all"]).exit_code == 1

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -190,6 +191,29 @@ def threads_and_cores(pipeline, count):
         return torch.get_num_threads(), os.sched_getaffinity(0)
 
     return ray.get([worker.__ray_call__.remote(ask) for worker in pipeline._workers[:count]])
+
+
+def test_a_stage_is_loaded_by_the_worker_whose_device_the_plan_names(pipeline, llama):
+    """A plan may put its stages on unlike devices in another order than theirs."""
+    import ray
+
+    told = {info.pid: info for info in pipeline.infos}
+    unlike = [replace(info, device=replace(info.device, model=f"CPU {i}")) for i, info in enumerate(pipeline.infos)]
+    pipeline.infos = unlike
+    try:
+        there = pipeline.devices()
+        plan = make_plan(find_model(llama, Int8Config(dtype="float32")).spec, there[:2], WORK)
+        stages = zip(plan.stages, (there[2], there[0]), strict=True)
+        plan = replace(plan, stages=tuple(replace(stage, device=device) for stage, device in stages))
+        pipeline.load(plan, progress=False)
+        assert [info.device.model for info in pipeline.infos] == ["CPU 2", "CPU 0", "CPU 1"]
+        pids = [ray.get(worker.describe.remote()).pid for worker in pipeline._workers]
+        assert pids == [info.pid for info in pipeline.infos] == [unlike[i].pid for i in (2, 0, 1)]
+        assert [stats.memory_bytes > 0 for stats in pipeline.stats()] == [True, True]
+        pipeline.send(one_row(0))
+        assert pipeline.receive(WAIT).number == 0
+    finally:
+        pipeline.infos = [told[info.pid] for info in pipeline.infos]
 
 
 def test_workers_of_a_box_share_its_cores(pipeline, llama):

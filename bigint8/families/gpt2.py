@@ -64,6 +64,7 @@ FAMILY = Family(
     embeddings="transformer.wte",
     positions="transformer.wpe",
     final_norm="transformer.ln_f",
+    weightless=("transformer.drop",),
     sizes=sizes,
     recipe=recipe,
 )

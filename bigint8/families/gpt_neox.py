@@ -57,6 +57,7 @@ FAMILY = Family(
     blocks="gpt_neox.layers",
     embeddings="gpt_neox.embed_in",
     final_norm="gpt_neox.final_layer_norm",
+    weightless=("gpt_neox.rotary_emb", "gpt_neox.emb_dropout"),
     sizes=sizes,
     recipe=recipe,
     old_names={"embed_out": "lm_head"},

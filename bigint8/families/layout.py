@@ -131,8 +131,8 @@ class Family:
     """One model family: full module names in its transformers model, and its sizes.
 
     `recipe` says how a block computes, None for a config that asks for what fused blocks do not do. `old_names`: from a
-    module's name in older checkpoints to its name here. `masked_positions`: where no positions are given, masked tokens
-    are not counted.
+    module's name in older checkpoints to its name here. `weightless`: modules beside the blocks that have no weights.
+    `masked_positions`: where no positions are given, masked tokens are not counted.
     """
 
     name: str
@@ -147,6 +147,7 @@ class Family:
     embedding_norm: str | None = None
     project_in: str | None = None
     project_out: str | None = None
+    weightless: tuple[str, ...] = ()
     old_names: Mapping[str, str] = field(default_factory=dict)
     masked_positions: bool = False
 

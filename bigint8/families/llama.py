@@ -119,6 +119,7 @@ FAMILY = Family(
     blocks="model.layers",
     embeddings="model.embed_tokens",
     final_norm="model.norm",
+    weightless=("model.rotary_emb",),
     sizes=sizes,
     recipe=recipe,
 )

@@ -62,6 +62,7 @@ FAMILY = Family(
     blocks="model.layers",
     embeddings="model.embed_tokens",
     final_norm="model.final_layernorm",
+    weightless=("model.rotary_emb", "model.embed_dropout"),
     sizes=sizes,
     recipe=recipe,
 )

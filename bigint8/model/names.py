@@ -17,16 +17,18 @@ def model_names(model: Any, wanted: Iterable[str]) -> Callable[[str], str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    known = dict.fromkeys(wanted, True)
+    known, prefix = dict.fromkeys(wanted, True), model.base_model_prefix
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
+    def renamed(name: str) -> str:
+        return name if name in known else str(rename_source_key(name, renamings, [], prefix, known)[0])
+
     def ours(name: str) -> str:
-        if name in known:
-            return name
+        """It holds neither the model nor itself: a circle would keep the model's memory until a garbage collection."""
         module, _, attribute = name.rpartition(".")
-        if attribute in (SCALES, FORMAT):
-            return f"{ours(f'{module}.weight').removesuffix('.weight')}.{attribute}"
-        return str(rename_source_key(name, renamings, [], model.base_model_prefix, known)[0])
+        if name not in known and attribute in (SCALES, FORMAT):
+            return f"{renamed(f'{module}.weight').removesuffix('.weight')}.{attribute}"
+        return renamed(name)
 
     return ours
 

@@ -6,19 +6,22 @@ time together, by the time model. Of cuts that are equally fast, it takes one in
 as possible.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..errors import PlanError
 from ..options import Workload
-from ..units import readable
 from .devices import Device, pick_dtype
 from .draft import Draft, Objective
 from .plan import Plan
 from .spec import ModelSpec, check_workload
+from .ways_out import Planner, ways_out
 
 SPARE = 0.01
 """Share of a device that a plan leaves free where it can: the workspace is an estimate."""
+
+SHORTER_CHUNKS = (256, 128, 64)
+"""Tokens of a prompt that run at once, where the workspace of more would not fit."""
 
 INT8_HEAD_NOTE = (
     "the output head, and embeddings tied to it, are int8: otherwise the model would not fit, or only barely"
@@ -30,9 +33,10 @@ def make_plan(
 ) -> Plan:
     """The best plan over some of the devices, or all.
 
-    A device is left out if no stage gets faster with it; a note says so. Where the model does not fit and the settings
-    leave the output head open, it becomes int8. Raises PlanError, with the numbers, when it does not fit, when there
-    are more devices than blocks or when the context is longer than the model's.
+    A device is left out if no stage gets faster with it; a note says so. Where the model does not fit, the output head
+    becomes int8 if the settings leave it open, and then prompts run in shorter chunks. Raises PlanError, with the
+    numbers, when it does not fit, when there are more devices than blocks or when the context is longer than the
+    model's.
     """
     check_workload(spec, workload)
     blocks = len(spec.known_layout.blocks)
@@ -40,18 +44,44 @@ def make_plan(
         raise PlanError("no devices to place the model on")
     if len(devices) > blocks:
         raise PlanError(f"gpus={len(devices)}: {spec.name} has {blocks} blocks; use at most that many devices")
+
+    def planner(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan | None:
+        return _best_plan(spec, devices, workload, objective)
+
+    plan = planner(spec, devices, workload)
+    if plan is None:
+        shortest = replace(workload, chunk=min(workload.chunk, *SHORTER_CHUNKS))
+        raise _does_not_fit(spec, devices, workload, _closest(spec, devices, shortest, _dtype(spec, devices)), planner)
+    return plan
+
+
+def _best_plan(
+    spec: ModelSpec, devices: Sequence[Device], workload: Workload, objective: Objective = "throughput"
+) -> Plan | None:
+    """As `make_plan`, but None where the model does not fit."""
     dtype = _dtype(spec, devices)
-    smaller = spec.with_int8_head()
-    tries = [(spec, SPARE), (smaller, SPARE), (smaller, 0.0), (spec, 0.0)]
-    for candidate, spare in tries:
-        if candidate is None:
-            continue
-        plan = Draft(candidate, workload, dtype, len(devices)).best_plan(devices, objective, spare)
+    for candidate, work, spare, notes in _settings(spec, workload):
+        plan = Draft(candidate, work, dtype, len(devices)).best_plan(devices, objective, spare)
         if plan is not None:
-            notes = () if candidate is spec else (INT8_HEAD_NOTE,)
             return replace(plan, notes=(*notes, *_left_out(devices, plan)))
-    draft = Draft(spec, workload, dtype, len(devices))
-    raise PlanError(_does_not_fit(draft.plan(draft.emptiest_cut(devices), devices), devices))
+    return None
+
+
+def _settings(spec: ModelSpec, workload: Workload) -> Iterator[tuple[ModelSpec, Workload, float, tuple[str, ...]]]:
+    """What to plan with, best first: model, work, the share of a device to leave free, and what to say of it.
+
+    An int8 head costs next to nothing. A shorter chunk makes prompts slower, so it comes after that.
+    """
+    smaller = spec.with_int8_head()
+    yield spec, workload, SPARE, ()
+    if smaller is not None:
+        yield smaller, workload, SPARE, (INT8_HEAD_NOTE,)
+        yield smaller, workload, 0.0, (INT8_HEAD_NOTE,)
+    yield spec, workload, 0.0, ()
+    for chunk in (size for size in SHORTER_CHUNKS if size < workload.chunk):
+        notes = (INT8_HEAD_NOTE,) if smaller is not None else ()
+        note = f"prompts run in chunks of {chunk} tokens, not {workload.chunk}: otherwise the model would not fit"
+        yield smaller or spec, replace(workload, chunk=chunk), 0.0, (*notes, note)
 
 
 def fewest_devices(spec: ModelSpec, device: Device, workload: Workload) -> int:
@@ -71,39 +101,39 @@ def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload
     """
     check_workload(spec, workload)
 
-    def fill(candidate: ModelSpec) -> Plan:
-        draft = Draft(candidate, workload, _dtype(candidate, devices[:fast] or devices), len(devices))
+    def dtype(devices: Sequence[Device]) -> str:
+        return _dtype(spec, devices[:fast] or devices)
+
+    def planner(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan | None:
+        return _filled_in_order(spec, devices, workload, dtype(devices))
+
+    plan = planner(spec, devices, workload)
+    if plan is None:
+        some = devices[: len(spec.known_layout.blocks)]
+        raise _does_not_fit(spec, some, workload, _closest(spec, some, workload, dtype(devices)), planner)
+    return plan
+
+
+def _filled_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload, dtype: str) -> Plan | None:
+    """The model as it is; if that does not fit, or barely, with an int8 head, if that does."""
+    barely = None
+    for candidate in (spec, spec.with_int8_head()):
+        if candidate is None:
+            continue
+        draft = Draft(candidate, workload, dtype, len(devices))
         stages = draft.fill(devices)
         if stages is not None:
-            return Plan(candidate, workload, draft.dtype, tuple(stages), draft.pages)
-        some = devices[: len(draft.layout.blocks)]
-        return draft.plan(draft.emptiest_cut(some), some)
-
-    plan = _first_that_fits(spec, fill)
-    if not _fits(plan):
-        raise PlanError(_does_not_fit(plan, [stage.device for stage in plan.stages]))
-    return plan
+            plan = Plan(candidate, workload, dtype, tuple(stages), draft.pages)
+            if candidate is not spec:
+                return replace(plan, notes=(INT8_HEAD_NOTE,))
+            if all(stage.headroom_bytes >= SPARE * stage.device.usable_bytes for stage in stages):
+                return plan
+            barely = plan
+    return barely
 
 
 def _dtype(spec: ModelSpec, devices: Sequence[Device]) -> str:
     return pick_dtype(spec.int8.dtype, spec.stored, list(devices))
-
-
-def _fits(plan: Plan, spare: float = 0.0) -> bool:
-    return all(stage.headroom_bytes >= spare * stage.device.usable_bytes for stage in plan.stages)
-
-
-def _first_that_fits(spec: ModelSpec, cut: Callable[[ModelSpec], Plan]) -> Plan:
-    """The plan of the model as it is; if that does not fit, or barely, the one with an int8 head, if that does."""
-    plan = cut(spec)
-    if _fits(plan, SPARE):
-        return plan
-    smaller = spec.with_int8_head()
-    if smaller is not None:
-        second = cut(smaller)
-        if _fits(second):
-            return replace(second, notes=(*second.notes, INT8_HEAD_NOTE))
-    return plan
 
 
 def _left_out(devices: Sequence[Device], plan: Plan) -> tuple[str, ...]:
@@ -115,25 +145,14 @@ def _left_out(devices: Sequence[Device], plan: Plan) -> tuple[str, ...]:
     return (f"left out, since no stage would be faster with it: {names}",) if left else ()
 
 
-def _does_not_fit(plan: Plan, devices: Sequence[Device]) -> str:
-    worst = min(plan.stages, key=lambda stage: stage.headroom_bytes)
-    weights, kv = sum(s.weight_bytes for s in plan.stages), sum(s.kv_bytes for s in plan.stages)
-    workspace = sum(s.workspace_bytes for s in plan.stages)
-    there = sum(device.usable_bytes for device in devices)
-    helps = []
-    if len({(d.model, d.usable_bytes) for d in devices}) == 1 and devices[0].kind == "cuda":
-        alike = [devices[0]] * len(plan.spec.known_layout.blocks)
-        stages = Draft(plan.spec.with_int8_head() or plan.spec, plan.workload, plan.dtype, len(alike)).fill(alike)
-        if stages:
-            helps.append(f"{len(stages)} such devices")
-    if kv + workspace > weights // 20:
-        helps.append(f"a shorter context than context={plan.workload.context}")
-        if plan.workload.sequences > 1:
-            helps.append(f"fewer sequences at once than batch_size={plan.workload.sequences}")
-    helps.append("devices with more memory")
-    return (
-        f"{plan.spec.name} does not fit: it needs {readable(weights + kv + workspace)} ({readable(weights)} of "
-        f"weights, {readable(kv)} of KV cache, {readable(workspace)} of workspace) and {len(devices)} x "
-        f"{worst.device.model} have {readable(there)}; stage {worst.index} on {worst.device.name} lacks "
-        f"{readable(-worst.headroom_bytes)}. What would help: {'; '.join(helps)}"
-    )
+def _closest(spec: ModelSpec, devices: Sequence[Device], workload: Workload, dtype: str) -> Plan:
+    """The plan that comes nearest to fitting, over all devices in their order."""
+    draft = Draft(spec.with_int8_head() or spec, workload, dtype, len(devices))
+    return draft.plan(draft.emptiest_cut(devices), devices)
+
+
+def _does_not_fit(
+    spec: ModelSpec, devices: Sequence[Device], workload: Workload, closest: Plan, planner: Planner
+) -> PlanError:
+    found = ways_out(spec, devices, workload, closest, planner)
+    return PlanError(str(found), ways_out=found)

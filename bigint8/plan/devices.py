@@ -4,7 +4,7 @@ import difflib
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from ..options import DeviceKind
 from ..sources.presets import read_yaml
 from ..units import GIB, MIB
 from . import nvidia
-from .speed import UNKNOWN_GPU, Speed, cpu_speed, gpu_speed, measured_gpu
+from .speed import BUS_SHARE, UNKNOWN_GPU, Speed, cpu_speed, gpu_speed, measured_gpu, plain_torch_speed
 
 CONTEXT_BYTES = 500 * MIB
 """Held back on each GPU for the CUDA context: 300 to 500 MiB have been seen."""
@@ -73,9 +73,9 @@ class Device:
 
 
 class GpuPreset(BaseModel):
-    """One entry of configs/gpus.yaml."""
+    """One entry of configs/gpus.yaml, which says what each field counts. `source`: where all of them are from."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     cuda_gib: float = Field(gt=0)
@@ -85,7 +85,7 @@ class GpuPreset(BaseModel):
     float16_tflops: float = Field(gt=0)
     pcie_gb_per_s: float = Field(gt=0)
     nvlink_gb_per_s: float = Field(default=0, ge=0)
-    source: str
+    source: str = Field(min_length=1)
 
     @property
     def speed(self) -> Speed:
@@ -93,12 +93,22 @@ class GpuPreset(BaseModel):
         computed = gpu_speed(
             1e9 * self.bandwidth_gb_per_s, 1e12 * self.int8_tops, 1e12 * self.float16_tflops, 1e9 * self.pcie_gb_per_s
         )
+        if self.fast_16bit == "float16":
+            computed = plain_torch_speed(computed, 1e12 * self.float16_tflops)
         return measured_gpu(self.model) or computed
 
     @property
     def usable_bytes(self) -> int:
         """What weights, cache and workspace may take."""
         return int(self.cuda_gib * GIB) - CONTEXT_BYTES - SLACK_BYTES
+
+    def device(self, name: str, box: Box = THIS_BOX, slot_gb_per_s: float | None = None) -> Device:
+        """One of these GPUs in a box, in a slot that gives its link so much: it takes no more than its own."""
+        speed = self.speed
+        if slot_gb_per_s is not None:
+            link = 1e9 * min(self.pcie_gb_per_s, slot_gb_per_s)
+            speed = replace(speed, bus_bytes_per_s=BUS_SHARE * link)
+        return Device(name, self.model, self.usable_bytes, self.fast_16bit, speed, box)
 
 
 @cache
@@ -112,8 +122,15 @@ def preset_gpus(name: str, count: int) -> list[Device]:
     presets = gpu_presets()
     if name not in presets:
         raise BigInt8Error(f"gpu_type={name}: no such GPU preset; {nearest(name, presets)}")
-    gpu = presets[name]
-    return [Device(f"cuda:{i}", gpu.model, gpu.usable_bytes, gpu.fast_16bit, gpu.speed) for i in range(count)]
+    return [presets[name].device(f"cuda:{i}") for i in range(count)]
+
+
+def plain_torch_note(devices: Iterable[Device]) -> str | None:
+    """What to tell a person whose GPUs are too old for our kernels, None if none of them is."""
+    old = dict.fromkeys(device.model for device in devices if device.kind == "cuda" and device.fast_16bit == "float16")
+    if not old:
+        return None
+    return f"int8 products run in plain torch on {', '.join(old)}, and slower: kernels need compute capability 8.0"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

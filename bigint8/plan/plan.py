@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from ..errors import BigInt8Error
+from ..errors import BigInt8Error, PlanError
+from ..families.table import find_family
 from ..options import PAGE_TOKENS, Workload
 from .devices import Device
 from .spec import ModelSpec
@@ -51,8 +52,19 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def device_map(self) -> dict[str, str]:
-        """The device of each module."""
-        return {module: stage.device.name for stage in self.stages for module in stage.modules}
+        """The device of each module, as transformers takes it for `device_map=`.
+
+        Modules without weights beside the blocks, such as rotary frequencies, go with the embeddings. Raises PlanError
+        for a plan over several boxes: one process has no names for their devices.
+        """
+        if len({stage.device.box.name for stage in self.stages}) > 1:
+            raise PlanError("a device map is for one process, and this plan has stages in several boxes")
+        devices = {module: stage.device.name for stage in self.stages for module in stage.modules}
+        family, covered = find_family(str(self.spec.config.get("model_type"))), DeviceMap(devices)
+        for name in family.weightless if family is not None else ():
+            if covered.get(name) is None:
+                devices[name] = self.stages[0].device.name
+        return devices
 
     def check_room(self, sequences: int, tokens: int) -> None:
         """Raise BigInt8Error unless the caches have room for so many sequences of so many tokens, new ones included.

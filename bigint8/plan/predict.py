@@ -1,12 +1,11 @@
 """What a plan promises in seconds, by the time model: computed, not measured."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil
 
 from ..units import FLOAT_BYTES
 from .plan import Plan, Stage
-from .time import DRIVER_SECONDS, Rows, TimeModel, hop_seconds
+from .time import DRIVER_SECONDS, Rows, TimeModel, Work, hop_seconds
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,18 @@ class StepTimes:
 
 
 class PlanTimes:
-    """The time model over the stages of a plan."""
+    """The time model over the stages of a plan. What a stage's blocks cost is added up once, when this is made."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._model = TimeModel(plan.spec.known_layout, FLOAT_BYTES[plan.dtype])
+        self.model = TimeModel(plan.spec.known_layout, FLOAT_BYTES[plan.dtype])
+        self.blocks = [
+            self.model.blocks_cost(stage.first_block, stage.last_block, stage.device.speed) for stage in plan.stages
+        ]
+        self.head_stage = 0 if plan.spec.tied else len(plan.stages) - 1
+        self.head = self.model.head_cost(plan.stages[self.head_stage].device.speed)
+        self.is_ring = plan.spec.tied and len(plan.stages) > 1
+        """Whether the rows that the head takes go from the last stage back to the first."""
 
     def decode(self, sequences: int, context: int) -> StepTimes:
         """A token of each of so many sequences."""
@@ -104,20 +110,27 @@ class PlanTimes:
 
     def step(self, rows: Rows) -> StepTimes:
         """Any step."""
-        stages = tuple(self.stage_seconds(stage, rows) for stage in self.plan.stages)
-        devices, size = [stage.device for stage in self.plan.stages], self._model.hop_bytes(rows)
-        if len(devices) == 1:
+        work = self.model.work(rows)
+        stages = tuple(self._stage_seconds(stage.index, work) for stage in self.plan.stages)
+        if len(stages) == 1:
             return StepTimes(stages, (0.0,))
-        hops = [hop_seconds(a, b, size) for a, b in pairwise(devices)]
-        back = hop_seconds(devices[-1], devices[0], size) if self.plan.spec.tied else 0.0
-        return StepTimes(stages, (*hops, back + DRIVER_SECONDS))
+        hops = [self.hop_seconds(index, rows.decode + rows.prompt) for index in range(len(stages) - 1)]
+        return StepTimes(stages, (*hops, self.hop_seconds(len(stages) - 1, work.kept) + DRIVER_SECONDS))
 
     def stage_seconds(self, stage: Stage, rows: Rows) -> float:
         """Of one stage: its blocks, and the head where it has it."""
-        blocks = range(stage.first_block, stage.last_block)
-        seconds = sum(self._model.block_seconds(block, stage.device.speed, rows) for block in blocks)
-        is_head = stage.index == 0 if self.plan.spec.tied else stage.index == len(self.plan.stages) - 1
-        return seconds + (self._model.head_seconds(stage.device.speed, rows) if is_head else 0.0)
+        return self._stage_seconds(stage.index, self.model.work(rows))
+
+    def _stage_seconds(self, index: int, work: Work) -> float:
+        seconds = self.blocks[index].seconds(work)
+        return seconds + (self.head.seconds(work.head) if index == self.head_stage else 0.0)
+
+    def hop_seconds(self, index: int, rows: int) -> float:
+        """Of so many rows from a stage to the next; from the last one to a head in the first, if there is one."""
+        stages = self.plan.stages
+        if index == len(stages) - 1 and not self.is_ring:
+            return 0.0
+        return hop_seconds(stages[index].device, stages[(index + 1) % len(stages)].device, self.model.rows_bytes(rows))
 
     def prompt_seconds(self, tokens: int) -> float:
         """Until the first token of a prompt: its chunks go through the stages one behind the other."""
@@ -125,10 +138,15 @@ class PlanTimes:
         steps = [self.prompt(min(chunk, tokens - first), first) for first in range(0, tokens, chunk)]
         return steps[0].seconds + sum(max(step.stages) for step in steps[1:])
 
-    def load_seconds(self, stage: Stage) -> float:
-        """To read a stage's tensors from its box's disk, which its other stages read too, and to copy them."""
+    def load_seconds(self, stage: Stage, alone: bool = False) -> float:
+        """To read a stage's tensors from its box's disk, which its other stages read too but for one that is loaded
+        `alone`, and to copy them."""
+        return max(self.load_limits(stage, alone).values())
+
+    def load_limits(self, stage: Stage, alone: bool = False) -> dict[str, float]:
+        """The seconds in which the disk and the bus to the device could load a stage: the longer one counts."""
         layout, box = self.plan.spec.known_layout, stage.device.box
         part = layout.part(stage.first_block, stage.last_block)
         size = part.stored_bytes(FLOAT_BYTES[self.plan.spec.stored], self.plan.spec.stored_int8)
-        together = sum(other.device.box == box for other in self.plan.stages)
-        return max(size * together / box.disk_bytes_per_s, size / stage.device.speed.bus_bytes_per_s)
+        together = 1 if alone else sum(other.device.box == box for other in self.plan.stages)
+        return {"disk": size * together / box.disk_bytes_per_s, "bus": size / stage.device.speed.bus_bytes_per_s}

@@ -19,6 +19,10 @@ GPU measures them."""
 BUS_SHARE = 0.85
 """What copies get of a PCIe link's rate."""
 
+PLAIN_TORCH_BYTES = 5
+"""What crosses a GPU's memory for an int8 weight where no kernel of ours runs: the weight is read, its 16-bit copy is
+written and read."""
+
 GPU_BLOCK_SECONDS = 25e-6
 """Of a block on a GPU besides its bytes: 8 launches in a CUDA graph. Assumed."""
 
@@ -63,6 +67,16 @@ def gpu_speed(
         block_seconds=GPU_BLOCK_SECONDS,
         bus_bytes_per_s=BUS_SHARE * bus_bytes_per_s,
         source="computed from the data sheet",
+    )
+
+
+def plain_torch_speed(speed: Speed, float16_ops_per_s: float) -> Speed:
+    """The same GPU's where int8 products run in plain torch: in 16 bits, on copies of the weights."""
+    return replace(
+        speed,
+        read_bytes_per_s=speed.read_bytes_per_s / PLAIN_TORCH_BYTES,
+        prompt_ops_per_s=PROMPT_SHARE * float16_ops_per_s,
+        source=f"{speed.source}, for plain torch",
     )
 
 

@@ -9,7 +9,10 @@ and for a prompt's tokens the same with the operations of prompts, and those of 
 some of the operations hide behind the reading.
 """
 
-from dataclasses import dataclass
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 
 from ..families.layout import Layout, Part
 from .devices import Device
@@ -32,42 +35,137 @@ class Rows:
     prompt_after: int = 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a step asks for, summed over its rows.
+
+    few, prompt: rows that are computed as generated tokens are, and as those of prompts
+    few_seen, prompt_seen: tokens that these see, for each group of blocks with the same window (`Layout.groups`)
+    kept: rows that the head takes
+    """
+
+    few: int
+    prompt: int
+    few_seen: tuple[float, ...]
+    prompt_seen: tuple[float, ...]
+    kept: int
+
+    @property
+    def head(self) -> "Work":
+        """What it asks of the head, which sees no other tokens."""
+        return Work(self.kept, 0, (), (), self.kept)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one block, of some blocks or of the head, which are affine in a step's work: so costs can be added.
+
+    weights_seconds: to read the weights; other_seconds: besides, whatever the rows are
+    few_seconds, prompt_seconds: of each row of that kind, but for the first row of the step
+    few_seen_seconds, prompt_seen_seconds: of each token that these see, for each group of blocks
+    """
+
+    weights_seconds: float
+    other_seconds: float
+    few_seconds: float
+    prompt_seconds: float
+    few_seen_seconds: tuple[float, ...] = ()
+    prompt_seen_seconds: tuple[float, ...] = ()
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.weights_seconds + other.weights_seconds,
+            self.other_seconds + other.other_seconds,
+            self.few_seconds + other.few_seconds,
+            self.prompt_seconds + other.prompt_seconds,
+            _summed(self.few_seen_seconds, other.few_seen_seconds),
+            _summed(self.prompt_seen_seconds, other.prompt_seen_seconds),
+        )
+
+    def seconds(self, work: Work) -> float:
+        """Of a step; of one without rows, as where no row of it is kept for the head, what does not depend on them."""
+        seconds, few, prompt = self.other_seconds, work.few, work.prompt
+        if few or prompt:
+            first = self.few_seconds if few else self.prompt_seconds
+            seconds += self.weights_seconds + few * self.few_seconds + prompt * self.prompt_seconds - first
+        for each, seen in zip(self.few_seen_seconds, work.few_seen, strict=True):
+            seconds += each * seen
+        if prompt:
+            for each, seen in zip(self.prompt_seen_seconds, work.prompt_seen, strict=True):
+                seconds += each * seen
+        return seconds
+
+
+def _summed(some: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip(some, others, strict=True))
+
+
 class TimeModel:
     """What the blocks and the head of one model take, in one dtype."""
 
     def __init__(self, layout: Layout, dtype_bytes: int) -> None:
         self.layout, self._size = layout, dtype_bytes
 
+    def work(self, rows: Rows) -> Work:
+        """The rows as the costs take them: the prompt's see as much as the one in their middle, the head takes one."""
+        middle = rows.prompt_after + rows.prompt / 2
+        return Work(
+            few=rows.decode,
+            prompt=rows.prompt,
+            few_seen=tuple(rows.decode * _seen(rows.context, window) for window in self.layout.groups),
+            prompt_seen=tuple(rows.prompt * _seen(middle, window) for window in self.layout.groups),
+            kept=rows.decode + (rows.prompt > 0),
+        )
+
+    def block_cost(self, block: int, speed: Speed) -> Cost:
+        """Of one block of the model."""
+        sizes, group = self.layout.sizes, self.layout.group_of(block)
+        here = [float(other == group) for other in range(len(self.layout.groups))]
+        return replace(
+            self._part_cost(self.layout.blocks[block].part, speed),
+            other_seconds=speed.block_seconds,
+            few_seen_seconds=tuple(is_it * sizes.kv_values * self._size / speed.cache_bytes_per_s for is_it in here),
+            prompt_seen_seconds=tuple(is_it * 4 * sizes.hidden / speed.attention_ops_per_s for is_it in here),
+        )
+
+    def blocks_cost(self, first: int, last: int, speed: Speed) -> Cost:
+        """Of the blocks [first, last), at least one, together."""
+        costs = [self.block_cost(block, speed) for block in range(first, last)]
+        return reduce(operator.add, costs)
+
+    def head_cost(self, speed: Speed) -> Cost:
+        """Of the output head, for the work that is `Work.head`."""
+        layout = self.layout
+        return self._part_cost((layout.first[0] if layout.tied else layout.head).part, speed)
+
     def block_seconds(self, block: int, speed: Speed, rows: Rows) -> float:
         """Of one block of the model."""
-        sizes, window = self.layout.sizes, self.layout.sizes.windows[block]
-        seconds = speed.block_seconds + self._part_seconds(self.layout.blocks[block].part, speed, rows)
-        seen = rows.context if window is None else min(window, rows.context)
-        seconds += rows.decode * seen * sizes.kv_values * self._size / speed.cache_bytes_per_s
-        if rows.prompt:
-            before = rows.prompt_after + rows.prompt / 2
-            seen_by_prompt = before if window is None else min(window, before)
-            seconds += 4 * sizes.hidden * rows.prompt * seen_by_prompt / speed.attention_ops_per_s
-        return seconds
+        return self.block_cost(block, speed).seconds(self.work(rows))
 
     def head_seconds(self, speed: Speed, rows: Rows) -> float:
         """Of the output head: it takes one row of each sequence."""
-        layout = self.layout
-        part = (layout.first[0] if layout.tied else layout.head).part
-        return self._part_seconds(part, speed, Rows(decode=rows.decode + (rows.prompt > 0)))
+        return self.head_cost(speed).seconds(self.work(rows).head)
 
     def hop_bytes(self, rows: Rows) -> int:
         """Of the hidden states that go from stage to stage."""
-        return (rows.decode + rows.prompt) * self.layout.sizes.hidden * self._size
+        return self.rows_bytes(rows.decode + rows.prompt)
 
-    def _part_seconds(self, part: Part, speed: Speed, rows: Rows) -> float:
-        if not rows.decode + rows.prompt:
-            return 0.0
+    def rows_bytes(self, rows: int) -> int:
+        """Of the hidden states of so many rows."""
+        return rows * self.layout.sizes.hidden * self._size
+
+    def _part_cost(self, part: Part, speed: Speed) -> Cost:
         int8, others = 2 * part.int8_values, 2 * (part.other_values + part.table_values)
-        few = int8 / speed.row_ops_per_s + others / speed.float_row_ops_per_s
-        many = int8 / speed.prompt_ops_per_s + others / speed.float_row_ops_per_s
-        more = rows.decode * few + rows.prompt * many - (few if rows.decode else many)
-        return part.weight_bytes(self._size) / speed.read_bytes_per_s + more
+        return Cost(
+            weights_seconds=part.weight_bytes(self._size) / speed.read_bytes_per_s,
+            other_seconds=0.0,
+            few_seconds=int8 / speed.row_ops_per_s + others / speed.float_row_ops_per_s,
+            prompt_seconds=int8 / speed.prompt_ops_per_s + others / speed.float_row_ops_per_s,
+        )
+
+
+def _seen(tokens: float, window: int | None) -> float:
+    return tokens if window is None else min(window, tokens)
 
 
 def enter_seconds(device: Device, size: int) -> float:

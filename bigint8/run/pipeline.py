@@ -16,12 +16,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..errors import BigInt8Error, CheckpointError, WorkerDied, WorkerError
 from ..load.bars import LoadProgress
 from ..options import Cluster
-from ..plan.devices import Device, share_of
+from ..plan.devices import HOST_RESERVE_BYTES, Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cluster import connect, pick
 from .cores import Share
 from .doors import HELLO_SECONDS, new_secret
+from .nodes import boxes_of
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -119,12 +120,24 @@ class Pipeline:
         return actor.remote(self.kind, self._spec)
 
     def devices(self) -> list[Device]:
-        """A device for each worker, in order; CPU workers of one box share its memory equally."""
+        """A device for each worker, in order; CPU workers of one box share its memory equally.
+
+        Workers of one node are in one box. What its GPUs' processes leave of its memory may hold weights.
+        """
         nodes = [info.node for info in self.infos]
+        boxes = boxes_of([(info.node, info.host) for info in self.infos])
+        for info in reversed(self.infos):
+            if info.device.kind == "cuda":
+                left = info.host_bytes - nodes.count(info.node) * HOST_RESERVE_BYTES
+                boxes[info.node] = replace(boxes[info.node], host_bytes=max(0, left))
         return [
-            info.device
+            replace(info.device, box=boxes[info.node])
             if info.device.kind == "cuda"
-            else replace(info.device, usable_bytes=share_of(info.device.usable_bytes, nodes.count(info.node)))
+            else replace(
+                info.device,
+                usable_bytes=share_of(info.device.usable_bytes, nodes.count(info.node)),
+                box=boxes[info.node],
+            )
             for info in self.infos
         ]
 
@@ -141,6 +154,7 @@ class Pipeline:
         plan = replace(plan, spec=replace(plan.spec, folder=plan.spec.folder.absolute()))
         self._plan, self.count = None, 0
         self._unload()
+        self._arrange(plan)
         try:
             reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
             self._loaded = set(range(len(plan.stages)))
@@ -150,6 +164,24 @@ class Pipeline:
             raise
         self._plan, self.count = plan, len(plan.stages)
         return reports
+
+    def _arrange(self, plan: Plan) -> None:
+        """Put the workers in the order of the stages: each stage goes to the worker whose device the plan names.
+
+        A device that no worker has, as of a plan that another process made, is one of its model, or any.
+        """
+        devices, free = self.devices(), list(range(len(self._workers)))
+        order: dict[int, int] = {}
+        for alike in (Device.__eq__, lambda a, b: a.model == b.model, lambda a, b: True):
+            for index, stage in enumerate(plan.stages):
+                found = next((i for i in free if index not in order and alike(devices[i], stage.device)), None)
+                if found is not None:
+                    order[index] = found
+                    free.remove(found)
+        arranged = [*(order[index] for index in range(len(plan.stages))), *free]
+        self._workers = [self._workers[i] for i in arranged]
+        self._bundles = [self._bundles[i] for i in arranged]
+        self.infos = [self.infos[i] for i in arranged]
 
     def _start_load(self, plan: Plan, index: int) -> Any:
         """Let a worker load its stage. CPU workers of one box share its cores."""

@@ -15,7 +15,7 @@ import ray
 
 from ..errors import WorkerError
 from ..load.warm_up import compile_kernels, import_model, importing
-from ..plan.devices import Device, cpu_device, cuda_devices
+from ..plan.devices import Device, available_memory, cpu_device, cuda_devices
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cores import Cores, Share
@@ -34,13 +34,17 @@ SWITCH_SECONDS = 0.0005
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Where a worker runs and what it has: `device` as the worker itself names it; `gpu` its number on the box."""
+    """Where a worker runs and what it has: `device` as the worker itself names it; `gpu` its number on the box.
+
+    host_bytes: of the box's memory that could be had when the worker was asked
+    """
 
     node: str
     host: str
     pid: int
     device: Device
     gpu: int
+    host_bytes: int
 
 
 class Worker:
@@ -66,7 +70,8 @@ class Worker:
         if not found:
             raise WorkerError(f"{socket.gethostname()}: Ray gave GPU {', '.join(gpus)} to a worker, which finds none")
         number = int(gpus[0]) if gpus and gpus[0].isdigit() else 0
-        return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number)
+        memory = available_memory()
+        return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number, memory)
 
     def load(self, plan: Plan, index: int, share: Share = Share()) -> "LoadReport":  # noqa: B008  (frozen)
         """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded.

@@ -18,19 +18,23 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 from rich.console import Console
 
-from ..errors import BigInt8Error
+from ..errors import BigInt8Error, PlanError
 from ..options import DEFAULT_CONTEXT, Access, DeviceKind, Dtype, Workload
+from ..plan.clusters import load_cluster
 from ..plan.cut import fewest_devices
 from ..plan.devices import (
     Device,
     cuda_devices,
     find_devices,
     gpu_presets,
+    plain_torch_note,
     preset_gpus,
     wait_without_spinning,
 )
 from ..plan.spec import ModelSpec
+from ..plan.ways_out import WaysOut
 from ..units import parse_bytes
+from .ways import print_ways_out
 
 DEFAULT_GPU_TYPE = "rtx-3090"
 
@@ -60,6 +64,9 @@ class PlanFlags:
     gpu_type: Annotated[
         str | None, typer.Option(help=f"Plan for GPUs of this kind instead of this machine's: {DEFAULT_GPU_TYPE}, ...")
     ] = None
+    cluster: Annotated[
+        str | None, typer.Option(help="Plan for these boxes instead: a name of configs/clusters, or a YAML file.")
+    ] = None
     context: Annotated[
         int | None, typer.Option(min=1, help=f"Tokens of a sequence to leave room for ({DEFAULT_CONTEXT}).")
     ] = None
@@ -71,6 +78,11 @@ class PlanFlags:
 
     def devices_to_plan_for(self, spec: ModelSpec, kind: DeviceKind = "auto") -> tuple[list[Device], str | None]:
         """The devices to plan for, which need not be on this machine, and a note that says so."""
+        if self.cluster is not None:
+            if self.gpus is not None or self.gpu_type is not None:
+                raise BigInt8Error("--cluster says which GPUs there are: leave out --gpus and --gpu-type")
+            machines = load_cluster(self.cluster)
+            return list(machines.devices), machines.note
         if self.gpu_type is None and (kind != "auto" or cuda_devices()):
             return find_devices(kind, self.gpus)
         name = self.gpu_type or DEFAULT_GPU_TYPE
@@ -79,7 +91,8 @@ class PlanFlags:
         note = f"planned for {count} x {one.model}"
         if self.gpu_type is None:
             note = f"no GPU was found: {note}; --gpu-type names another ({', '.join(sorted(gpu_presets()))})"
-        return preset_gpus(name, count), note
+        gpus = preset_gpus(name, count)
+        return gpus, "; ".join(filter(None, [note, plain_torch_note(gpus)]))
 
 
 Flags = TypeVar("Flags")
@@ -148,8 +161,8 @@ def unwind_on_sigterm() -> None:
 
 
 PARAMETERS = (
-    "address", "batch_size", "checkpoint", "context", "device", "dtype", "gpus", "gpu_type", "int8_head", "overwrite",
-    "revision", "trust_remote_code",
+    "address", "batch_size", "checkpoint", "cluster", "context", "device", "dtype", "gpus", "gpu_type", "int8_head",
+    "overwrite", "revision", "trust_remote_code",
 )  # fmt: skip
 """Parameters that the library's errors write as `name=value` or `name=`, and that the commands have as flags."""
 
@@ -174,6 +187,8 @@ def run_command(app: typer.Typer) -> None:
     try:
         app()
     except BigInt8Error as error:
+        if isinstance(error, PlanError) and isinstance(error.ways_out, WaysOut):
+            print_ways_out(Console(stderr=True, highlight=False, markup=False), error.ways_out, with_flags)
         print(f"error: {with_flags(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

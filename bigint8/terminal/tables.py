@@ -19,7 +19,7 @@ SHOWN_NAMES = 5
 def print_plan(console: Console, plan: Plan) -> None:
     """The plan as a table: for each stage its device, blocks and GiB of weights, cache, workspace and head room."""
     work = plan.workload
-    table = _table(
+    table = new_table(
         f"{plan.spec.name}: int8, the rest {plan.dtype}; context {work.context}, batch {work.sequences}; sizes in GiB"
     )
     table.add_column("stage", justify="right")
@@ -55,7 +55,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def print_summary(console: Console, plan: Plan, reports: Sequence["LoadReport"], seconds: float) -> None:
     """What the load did, for each worker and in all."""
-    table = _table("loaded; sizes in GiB")
+    table = new_table("loaded; sizes in GiB")
     for column in ("worker", "read", "seconds", "speed", "on device", "peak host", "peak device"):
         table.add_column(column, justify="right")
     for i, report in enumerate(reports):
@@ -87,7 +87,8 @@ def print_unused(console: Console, names: Sequence[str]) -> None:
         console.print(f"not used by the model: {', '.join(names[:SHOWN_NAMES])}{more}", soft_wrap=True)
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """A table as all commands print them."""
     return Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
     )

@@ -1,0 +1,127 @@
+"""The speed of this machine's devices, as the time model takes it: measured with the steps of a small model.
+
+Each rate is what two steps differ in: weights from one row of large blocks and of small ones, operations from more
+rows, keys and values from more tokens before. So it is the rate of the whole step, with all that kernels lose.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from bigint8_kernels import float_linear
+
+from .examine_steps import LlamaStack, seconds_of
+from .model.graphs import Graphs, Shape
+from .model.program import Rows
+from .plan.devices import Device, usable_cpus
+from .plan.speed import Speed
+
+HIDDEN, BLOCKS = 2048, 6
+"""Of the large blocks: 50 MB each in int8, so that no cache holds them."""
+
+SMALL_HIDDEN, SMALL_BLOCKS = 256, 16
+"""Of the small blocks, whose weights stay in the cache."""
+
+FEW_ROWS, PROMPT_ROWS, CONTEXT = 8, 256, 4096
+
+HEAD_ROWS = 32768
+"""Rows of a 16-bit output head."""
+
+COPY_BYTES = 2**28
+
+LEAST_SECONDS = 1e-6
+"""Differences are no less: noise can make them zero or negative."""
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A stack of blocks on a device that is ready to run steps."""
+
+    stack: LlamaStack
+    device: torch.device
+
+    def seconds(self, rows: int, before: int, kind: Literal["decode", "prompt"]) -> float:
+        """Of a step of so many sequences, or of a prompt's tokens, after `before` others."""
+        counts = [(before, 1)] * rows if kind == "decode" else [(before, rows)]
+        x, batch = self.stack.given(counts, rows if kind == "decode" else 0)
+        if self.device.type == "cpu":
+            recorded = Rows(self.stack.program, self.stack.hidden, rows, self.device)
+            return seconds_of(lambda: recorded.run(batch, x), self.device)
+        if kind == "prompt":
+            return seconds_of(lambda: self.stack.run(x, batch), self.device)
+        tables = tuple(table.shape[1] for table in batch.tables)
+        graphs = Graphs(
+            self.stack.run, Shape(self.stack.hidden, x.dtype, tables, self.stack.width), self.device, (rows,)
+        )
+        graphs.capture()
+        return seconds_of(lambda: graphs(x, batch), self.device)
+
+
+def measure_device(device: Device) -> Iterator[tuple[int, Speed]]:
+    """The speed of a device by the number of cores: of a CPU with one and with all, of a GPU once."""
+    if device.kind != "cpu":
+        yield 1, measure(torch.device(device.name), f"measured on {device.model}")
+        return
+    threads = torch.get_num_threads()
+    try:
+        for cores in sorted({1, usable_cpus()}):
+            torch.set_num_threads(cores)
+            yield cores, measure(torch.device("cpu"), f"measured on {device.model}, {cores} of them used")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def measure(device: torch.device, source: str) -> Speed:
+    """The speed of a device with torch's present number of threads. Takes a minute, and 0.5 GB of its memory."""
+    small = _Steps(LlamaStack(SMALL_BLOCKS, SMALL_HIDDEN, 2, device), device)
+    large = _Steps(LlamaStack(BLOCKS, HIDDEN, FEW_ROWS * 2 + CONTEXT // 16 + 32, device), device)
+    small_block, large_block = small.stack.weight_values(0), large.stack.weight_values(0)
+    weights = BLOCKS * large_block
+
+    one = large.seconds(1, 0, "decode")
+    few = large.seconds(FEW_ROWS, 0, "decode")
+    far = large.seconds(1, CONTEXT, "decode")
+    prompt = large.seconds(PROMPT_ROWS, 0, "prompt")
+    far_prompt = large.seconds(PROMPT_ROWS, CONTEXT - PROMPT_ROWS, "prompt")
+
+    def rate(amount: float, seconds: float) -> float:
+        return amount / max(seconds, LEAST_SECONDS)
+
+    # a block's seconds are block_seconds + its weights / read: two sizes of blocks give both
+    small_seconds = small.seconds(1, 0, "decode") / SMALL_BLOCKS
+    read = rate(large_block - small_block, one / BLOCKS - small_seconds)
+    head = _head_seconds(device)
+    return Speed(
+        read_bytes_per_s=read,
+        cache_bytes_per_s=rate(BLOCKS * CONTEXT * large.stack.kv_bytes, far - one),
+        row_ops_per_s=rate(2 * (FEW_ROWS - 1) * weights, few - one),
+        float_row_ops_per_s=rate(2 * (FEW_ROWS - 1) * HEAD_ROWS * HIDDEN, head(FEW_ROWS) - head(1)),
+        prompt_ops_per_s=rate(2 * (PROMPT_ROWS - 1) * weights, prompt - one),
+        attention_ops_per_s=rate(4 * BLOCKS * HIDDEN * PROMPT_ROWS * (CONTEXT - PROMPT_ROWS), far_prompt - prompt),
+        block_seconds=max(small_seconds - small_block / read, LEAST_SECONDS),
+        bus_bytes_per_s=_bus_bytes_per_s(device),
+        source=source,
+    )
+
+
+def _head_seconds(device: torch.device) -> Callable[[int], float]:
+    """Seconds of a 16-bit output head by the number of rows."""
+    weight = torch.randn(HEAD_ROWS, HIDDEN, device=device).to(torch.bfloat16)
+
+    def seconds(rows: int) -> float:
+        x = torch.randn(rows, HIDDEN, device=device)
+        if device.type == "cuda":
+            narrow = x.to(torch.bfloat16)
+            return seconds_of(lambda: narrow @ weight.T, device)
+        return seconds_of(lambda: float_linear(x, weight), device)
+
+    return seconds
+
+
+def _bus_bytes_per_s(device: torch.device) -> float:
+    """From page-locked host memory to a GPU; for the CPU, from memory to memory."""
+    target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return COPY_BYTES / seconds_of(lambda: target.copy_(source, non_blocking=True), device)
