@@ -26,10 +26,8 @@ from torch import Tensor
 from ..checkpoint.headers import TensorInfo
 from ..errors import CheckpointError
 from ..plan.devices import usable_cpus
-from ..plan.memory import GPU_BUFFER_BYTES, GPU_READERS, HOST_BUFFER_BYTES
+from ..plan.memory import FEWEST_READERS, GPU_BUFFER_BYTES, GPU_READERS, HOST_BUFFER_BYTES, MOST_READERS
 from ..units import SAFETENSORS_BITS, TORCH_NAMES
-
-FEWEST_READERS, MOST_READERS = 2, 16
 
 FEWEST_DIRECT_READERS = 4
 """Reads past the file cache wait longer for the disk: with more readers, some work while others wait."""
