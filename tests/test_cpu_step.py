@@ -143,6 +143,14 @@ def test_int8_layers_equal_their_definition_without_integer_instructions(monkeyp
     assert_close(run_linear(x, [layer], 2), reference_linear(x, [layer], 2), 1e-4)
 
 
+def test_outlier_columns_that_are_gathered_a_few_at_a_time_add_the_same_bits(monkeypatch):
+    layer, x = int8(33, 530, threshold=2.0, bias=random(33)), random(9, 530, seed=1)
+    at_once = run_linear(x, [layer], 2)
+    monkeypatch.setattr("bigint8_kernels.cpu_prompt.COLUMN_BYTES", 100)
+    assert torch.equal(run_linear(x, [layer], 2), at_once)
+    assert_close(at_once, reference_linear(x, [layer], 2), 1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("t, k, n", [(1, 576, 300), (7, 12, 3), (16, 100, 33), (40, 515, 2)])
 def test_float_layers_equal_their_definition(dtype, t, k, n):

@@ -29,6 +29,7 @@ def sizes(config: Config) -> Sizes:
         final_norm_values=2 * h,
         position_values=positions * h,
         max_context=positions,
+        transposed=True,
     )
 
 

@@ -68,6 +68,7 @@ class Sizes:
     position_values, embedding_norm_values, final_norm_values: values of each module, None if the model lacks it
     kv_values: keys and values of a token in one block; windows: each block's sliding window in tokens, None where it
         attends to all; widest: outputs of the widest layer
+    transposed: linear layers are stored as (inputs, outputs), and come whole when they are read
     """
 
     blocks: int
@@ -85,6 +86,7 @@ class Sizes:
     head_bias: bool = False
     windows: tuple[int | None, ...] = ()
     max_context: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ class Int8Choice:
 class Layout:
     """A model cut into modules: those before the blocks, the blocks, those after them, the head.
 
-    `head` lacks its matrix when it is tied to the embeddings; then it lives where they do.
+    `head` lacks its matrix when it is tied to the embeddings; then it lives where they do. `recipe`: how its blocks
+    compute, None for those that fused blocks do not know. `int8_linears`: the layers that are int8 in some block.
     """
 
     first: tuple[Module, ...]
@@ -207,6 +210,13 @@ class Layout:
     last: tuple[Module, ...]
     head: Module
     sizes: Sizes
+    recipe: Recipe | None = None
+    int8_linears: frozenset[str] = frozenset()
+
+    @property
+    def int8_head(self) -> bool:
+        """Whether the head's matrix is int8."""
+        return bool((self.first[0] if self.tied else self.head).part.int8_values)
 
     @property
     def tied(self) -> bool:

@@ -59,10 +59,12 @@ def layout_of(
         sizes = family.sizes(config)
         sizes = replace(sizes, windows=sizes.windows or (None,) * sizes.blocks, width=sizes.width or sizes.hidden)
         _check(sizes)
+        recipe = family.recipe(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise PlanError(f"the config of this {family.name} model lacks or garbles a size ({error!r})") from None
     choice = _choice(family, config, int8, checkpoint)
-    return _cut(family, sizes, choice, _table_formats(family, stored, checkpoint))
+    layout = _cut(family, sizes, choice, _table_formats(family, stored, checkpoint))
+    return replace(layout, recipe=recipe, int8_linears=_int8_linears(family, sizes, choice))
 
 
 def _choice(family: Family, config: Config, int8: Int8Config, checkpoint: Checkpoint | None) -> Int8Choice:
@@ -125,6 +127,12 @@ def _cut(family: Family, sizes: Sizes, choice: Int8Choice, formats: Mapping[str,
         head=Module(family.head, head + Part(other_values=sizes.vocab * sizes.head_bias)),
         sizes=sizes,
     )
+
+
+def _int8_linears(family: Family, sizes: Sizes, choice: Int8Choice) -> frozenset[str]:
+    names = [linear.name for linear in sizes.linears]
+    taken = (name for name in names for i in range(sizes.blocks) if choice.takes(f"{family.block(i)}.{name}"))
+    return frozenset(taken)
 
 
 def _block(name: str, sizes: Sizes, choice: Int8Choice) -> Module:

@@ -26,10 +26,8 @@ from torch import Tensor
 from ..checkpoint.headers import TensorInfo
 from ..errors import CheckpointError
 from ..plan.devices import usable_cpus
-from ..plan.memory import GPU_BUFFER_BYTES, GPU_READERS, HOST_BUFFER_BYTES
+from ..plan.memory import FEWEST_READERS, GPU_BUFFER_BYTES, GPU_READERS, HOST_BUFFER_BYTES, MOST_READERS
 from ..units import SAFETENSORS_BITS, TORCH_NAMES
-
-FEWEST_READERS, MOST_READERS = 2, 16
 
 FEWEST_DIRECT_READERS = 4
 """Reads past the file cache wait longer for the disk: with more readers, some work while others wait."""
@@ -296,8 +294,14 @@ def _open(file: Path, flags: int = 0) -> int:
 
 
 def _aligned(size: int, pin: bool) -> Tensor:
-    """A buffer that begins at a page."""
-    buffer = torch.empty(size + DIRECT_ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
+    """A buffer that begins at a page.
+
+    One that is not page-locked is a mapping of its own: the system has it back at once, where the allocator would keep
+    it beside the weights.
+    """
+    if not pin:
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    buffer = torch.empty(size + DIRECT_ALIGNMENT, dtype=torch.uint8, pin_memory=True)
     return buffer[-buffer.data_ptr() % DIRECT_ALIGNMENT :]
 
 

@@ -19,9 +19,6 @@ from .rotary import Rotary, refuse_changing_frequencies
 from .stage import ModelPart, StageModel
 from .step import Step
 
-KEPT_AT_ONCE = 64
-"""Rows that the head takes at once: its results are as wide as the vocabulary."""
-
 
 class FusedStage:
     """A loaded stage of a family that has a recipe. See `ragged.RaggedStage` for what it does."""
@@ -39,12 +36,14 @@ class FusedStage:
         self._pools = Pools([block.attention for block in blocks], room)
         self._dtype = torch.float32 if room.device.type == "cpu" else room.dtype
         hidden, width = layout.sizes.hidden, layout.sizes.width or layout.sizes.hidden
-        kept = min(KEPT_AT_ONCE, room.most_rows)
+        kept = min(room.head_rows, room.most_rows)
         self._hidden = hidden
-        self._blocks = _run_of(Rows(_through(blocks, self._pools), hidden, room.most_rows, room.device))
+        through = Rows(_through(blocks, self._pools), hidden, room.most_rows, room.device)
+        self._blocks = _run_of(through)
         self._before = _rows(_before(stage), width, room.most_rows, room.device)
         self._after = _rows(_after(stage), hidden, kept, room.device)
         self._head = _rows(_head(stage), width, kept, room.device)
+        self._all_rows = [through, *filter(None, [self._before, self._after, self._head])]
 
     def prepare(self) -> None:
         """Where Triton serves the device: compile its kernels, and capture the blocks' steps of generated tokens.
@@ -68,6 +67,11 @@ class FusedStage:
     def kv_bytes(self) -> int:
         """Bytes of the keys and values that it has room for."""
         return self._pools.nbytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the memory that it keeps for the rows of a step: on the CPU."""
+        return sum(rows.nbytes for rows in self._all_rows)
 
     @torch.no_grad()
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:

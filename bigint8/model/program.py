@@ -25,6 +25,11 @@ class Rows:
             self._x = self._recorder.rows("x", width)
             self._y = program(self._recorder, self._x)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory that it keeps for rows."""
+        return 0 if self._recorder is None else self._recorder.nbytes
+
     def run(self, batch: Batch, x_TK: Tensor) -> Tensor:
         """What comes out for X (T, K), which it may change. The result is good until the next run."""
         if self._recorder is None:

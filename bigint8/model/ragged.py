@@ -23,6 +23,7 @@ class Room:
 
     pages: of each group of `Layout.groups`; table_pages: of the longest sequence; most_rows: of a step
     dtype: the model's, which its keys and values have, and its rows where the device is no CPU
+    head_rows: that the head takes at once: its results are as wide as the vocabulary
     """
 
     pages: tuple[int, ...]
@@ -30,6 +31,7 @@ class Room:
     most_rows: int
     dtype: torch.dtype
     device: torch.device
+    head_rows: int = 64
 
     def check(self, step: Step) -> None:
         """Raise BigInt8Error for a step that has more rows than there is room for."""

@@ -9,7 +9,7 @@ from typing import Literal
 from ..options import Workload
 from ..units import FLOAT_BYTES
 from .devices import Box, Device
-from .memory import kv_bytes, pages, workspace_bytes
+from .memory import Workspace, kv_bytes, pages, workspace
 from .plan import Plan, Stage
 from .search import TOLERANCE, Boxes, Kind, Pick, Search
 from .spec import ModelSpec
@@ -75,6 +75,7 @@ class Draft:
     def __init__(self, spec: ModelSpec, workload: Workload, dtype: str, devices: int) -> None:
         self.spec, self.workload, self.dtype = spec, workload, dtype
         self.layout, self._size = spec.known_layout, FLOAT_BYTES[dtype]
+        self._devices, self._workspaces = devices, dict[str, Workspace]()
         self.pages = pages(self.layout, workload, devices)
         kvs = (kv_bytes(self.layout, block, self.pages, self._size) for block in range(len(self.layout.blocks)))
         self._kv = list(kvs)
@@ -93,8 +94,16 @@ class Draft:
         return Plan(self.spec, self.workload, self.dtype, stages, self.pages)
 
     def workspace(self, device: Device) -> int:
-        """Bytes of a stage's workspace: on the CPU activations are float32."""
-        return workspace_bytes(self.layout, self.workload, self._size, device.kind in ("cpu", "disk"))
+        """Bytes that any stage on the device needs besides; its blocks, and what it has at its ends, take more."""
+        return self._workspace(device).anywhere_bytes
+
+    def _workspace(self, device: Device) -> Workspace:
+        """On the CPU activations are float32."""
+        kind = "cpu" if device.kind in ("cpu", "disk") else "cuda"
+        if kind not in self._workspaces:
+            on_cpu = kind == "cpu"
+            self._workspaces[kind] = workspace(self.layout, self.workload, self._size, on_cpu, self._devices)
+        return self._workspaces[kind]
 
     def stage(self, index: int, device: Device, first: int, last: int) -> Stage:
         """The stage with blocks [first, last)."""
@@ -106,7 +115,7 @@ class Draft:
             modules=tuple(module.name for module in self.layout.stage(first, last)),
             weight_bytes=self.layout.part(first, last).weight_bytes(self._size),
             kv_bytes=sum(self._kv[first:last]),
-            workspace_bytes=self.workspace(device),
+            workspace_bytes=self._workspace(device).of(first, last, len(self.layout.blocks)),
         )
 
     def best_plan(self, devices: Sequence[Device], objective: Objective, spare: float) -> Plan | None:
@@ -129,15 +138,16 @@ class Draft:
 
     def _kind(self, device: Device, times: TimeModel, rows: Rows, spare: float) -> Kind:
         """A device as costs."""
+        room = self._workspace(device)
         head, hop = times.head_seconds(device.speed, rows), enter_seconds(device, times.hop_bytes(rows))
         return Kind(
             seconds=tuple(times.block_seconds(block, device.speed, rows) for block in range(len(self.layout.blocks))),
-            bytes=tuple(self._block_bytes),
-            capacity=int(device.usable_bytes * (1 - spare)) - self.workspace(device),
+            bytes=tuple(size + room.block_bytes for size in self._block_bytes),
+            capacity=int(device.usable_bytes * (1 - spare)) - room.anywhere_bytes,
             front=head if self.layout.tied else 0.0,
             back=0.0 if self.layout.tied else head,
-            front_bytes=self._front_bytes,
-            back_bytes=self._back_bytes,
+            front_bytes=self._front_bytes + room.front_bytes,
+            back_bytes=self._back_bytes + room.back_bytes,
             enter=hop,
             leave=hop,
         )
@@ -152,10 +162,10 @@ class Draft:
         """
         blocks, count = len(self.layout.blocks), len(devices)
         below = [0, *accumulate(self._block_bytes)]
-        workspaces = [self.workspace(device) for device in devices]
+        workspaces = [self._workspace(device) for device in devices]
 
         def filled(device: int, first: int, last: int) -> float:
-            used = below[last] - below[first] + workspaces[device]
+            used = below[last] - below[first] + workspaces[device].of(first, last, blocks)
             used += (self._front_bytes if first == 0 else 0) + (self._back_bytes if last == blocks else 0)
             return used / max(1, devices[device].usable_bytes)
 

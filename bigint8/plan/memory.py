@@ -1,11 +1,16 @@
 """The memory model: what a stage takes of its device besides its weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 
-from ..families.layout import Layout, Sizes
+from ..families.layout import Layout, Recipe, Sizes
 from ..options import PAGE_TOKENS, Workload
 from ..units import MIB
+from .devices import usable_cpus
+
+FEWEST_READERS, MOST_READERS = 2, 16
+"""Threads that read a checkpoint for the CPU: one for each CPU, within these bounds."""
 
 HOST_BUFFER_BYTES = 2 * MIB
 """Size of a staging buffer for the CPU. Two of them fit in its last cache, where their rows are quantized."""
@@ -26,24 +31,124 @@ KERNEL_BYTES = 64 * MIB
 GRAPH_ROWS = 64
 """Rows of the largest step that a GPU captures in a CUDA graph. Smaller ones share its memory (`model/graphs.py`)."""
 
-LOGITS_ROWS = 32
-"""Rows that the head multiplies at once."""
+FEWEST_HEAD_ROWS, MOST_HEAD_ROWS = 16, 64
+"""Rows that the head takes at once: its results are as wide as the vocabulary."""
+
+CACHE_LINE = 64
+"""Bytes by which each memory of a step on the CPU is larger than its rows, so that these begin with a cache line."""
+
+ACTIVATION_BLOCK = 512
+"""Values of a row that share a scale as int16: `bigint8_kernels.reference.BLOCK`."""
+
+ATTENTION_CHUNK, RESULT_BYTES, SPLIT_TILES_A_THREAD, TILE = 128, 8448, 4, 4
+"""Places that share a softmax; the results of a tile of four queries for them; tiles for each thread that are split:
+CHUNK, RESULTS, SPLIT_TILES_A_THREAD and TILE of `bigint8_kernels`' attention on the CPU."""
+
+COLUMN_BYTES = 2 * 2**20
+"""Outlier columns of a weight that a prompt gathers at once, twice: `bigint8_kernels.cpu_prompt.COLUMN_BYTES`."""
+
+POSITIONS = 1024
+"""Rotary positions whose cosines and sines are computed together: `model.rotary.POSITIONS`."""
+
+PACKED_ROWS = 128
+"""Up to so many rows, torch's integer product packs no weights."""
+
+PACKED_SHARE = 0.51
+"""Of a product's int8 weights what oneDNN packs at once. Measured with torch 2.13's on a CPU with AVX512-VNNI, on 1 to
+8 threads: 0.41 to 0.53."""
+
+PACKINGS = 4
+"""How often the allocator keeps that: aligned memory that was freed seldom fits the next product (glibc). Measured: 3
+to 5 times. What is larger than MAPPED_BYTES goes back to the system."""
+
+MAPPED_BYTES = 32 * MIB
+"""From this size on, glibc maps each allocation by itself (M_MMAP_THRESHOLD's largest value)."""
+
+SPARE_BUFFERS = 4
+"""Buffers that a link keeps, and their size beyond the message: `run.buffers`."""
+
+BLOCK_OBJECT_BYTES = 2**15
+"""Python's objects of a block's recorded operations, and their steps."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a stage takes of its device besides weights, keys and values, in bytes, each by what it is for.
+
+    anywhere: of any stage; block: of each of its blocks besides; front, back: of the stage with the first block, and of
+    that with the last one
+    """
+
+    anywhere: Mapping[str, int]
+    block: Mapping[str, int] = field(default_factory=dict)
+    front: Mapping[str, int] = field(default_factory=dict)
+    back: Mapping[str, int] = field(default_factory=dict)
+    loading: int = 0
+
+    @property
+    def anywhere_bytes(self) -> int:
+        """Loading comes before running."""
+        return max(self.loading, sum(self.anywhere.values()))
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(self.block.values())
+
+    @property
+    def front_bytes(self) -> int:
+        return sum(self.front.values())
+
+    @property
+    def back_bytes(self) -> int:
+        return sum(self.back.values())
+
+    def of(self, first: int, last: int, blocks: int) -> int:
+        """Bytes of the stage with blocks [first, last) of so many."""
+        ends = (self.front_bytes if first == 0 else 0) + (self.back_bytes if last == blocks else 0)
+        return self.anywhere_bytes + (last - first) * self.block_bytes + ends
 
 
 def workspace_bytes(layout: Layout, workload: Workload, dtype_bytes: int, on_cpu: bool = False) -> int:
-    """An estimate of what a stage needs besides weights and cache: computed, not measured.
+    """What a stage that has the whole model needs besides weights, keys and values."""
+    blocks = len(layout.blocks)
+    return workspace(layout, workload, dtype_bytes, on_cpu).of(0, blocks, blocks)
 
-    Loading needs the staging ring, on the device too. Running comes after it. A step has as many rows as a prompt's
-    chunk and a token of every sequence. Besides its rows it needs the logits of those that the head takes at once, a
-    slice of a product, and on a GPU what CUDA graphs keep: rows of their own, and what they read.
+
+def workspace(layout: Layout, workload: Workload, dtype_bytes: int, on_cpu: bool = False, stages: int = 1) -> Workspace:
+    """What the stages of a model need besides weights, keys and values, in a pipeline of so many.
+
+    On a CPU it was measured (`benchmarks/memory.py --families`), on a GPU it is computed.
     """
-    logits = LOGITS_ROWS * layout.sizes.vocab * 4
     if on_cpu:
-        rows = workload.most_rows * _cpu_row_bytes(layout.sizes)
-    else:
-        rows = (workload.most_rows + GRAPH_ROWS) * _gpu_row_bytes(layout.sizes, dtype_bytes)
-        rows += graph_input_bytes(layout, workload, dtype_bytes)
-    return max(rows + logits + KERNEL_BYTES, GPU_CHUNKS * GPU_BUFFER_BYTES)
+        return _cpu_workspace(layout, workload, dtype_bytes, stages)
+    return _gpu_workspace(layout, workload, dtype_bytes)
+
+
+def head_rows(workload: Workload) -> int:
+    """Rows that the head takes at once: those of all sequences, if they are neither very few nor very many."""
+    wanted = min(MOST_HEAD_ROWS, max(FEWEST_HEAD_ROWS, workload.sequences))
+    return min(wanted, workload.most_rows)
+
+
+# --- GPUs: computed, not measured ---------------------------------------------------------------------------------
+
+
+def _gpu_workspace(layout: Layout, workload: Workload, dtype_bytes: int) -> Workspace:
+    """The CUDA context, cuBLAS and what torch's allocator cannot hand out are held back by `devices`, not here.
+
+    A step has as many rows as a prompt's chunk and a token of every sequence. CUDA graphs have rows of their own.
+    """
+    row = _gpu_row_bytes(layout.sizes, dtype_bytes)
+    return Workspace(
+        {
+            "rows of a step": workload.most_rows * row,
+            "rows of CUDA graphs": GRAPH_ROWS * row,
+            "what CUDA graphs read": graph_input_bytes(layout, workload, dtype_bytes),
+            "logits": head_rows(workload) * layout.sizes.vocab * 4,
+            "a slice of a product's weights": KERNEL_BYTES,
+        },
+        loading=GPU_CHUNKS * GPU_BUFFER_BYTES,
+    )
 
 
 def graph_input_bytes(layout: Layout, workload: Workload, dtype_bytes: int) -> int:
@@ -67,12 +172,159 @@ def _gpu_row_bytes(sizes: Sizes, dtype_bytes: int) -> int:
     return (5 * sizes.hidden + (_ups(sizes) + 1) * sizes.widest) * dtype_bytes + sizes.widest
 
 
-def _cpu_row_bytes(sizes: Sizes) -> int:
-    """Memory of its own for each kind of activation, in float32: the residual stream, its norm, what attention gives,
-    the outputs of all linear layers and the activated feed-forward part. Besides, the widest input as int16, and the
-    int32 sums of the widest product."""
-    outputs = sum(linear.outputs for linear in sizes.linears)
-    return 4 * (3 * sizes.hidden + outputs + sizes.widest) + (2 + 4 * _ups(sizes)) * sizes.widest
+# --- the CPU -------------------------------------------------------------------------------------------------------
+
+
+def _cpu_workspace(layout: Layout, workload: Workload, dtype_bytes: int, stages: int) -> Workspace:
+    """Activations are float32, in memory that a stage keeps (`cpu_row_bytes`). What else there is was bounded."""
+    sizes, recipe = layout.sizes, layout.recipe
+    rows, hidden = workload.most_rows, 4 * layout.sizes.hidden
+    kept = cpu_row_bytes(layout, workload)
+    anywhere = {"rows of a step": kept["blocks"], "hidden states of a step": rows * hidden}
+    if recipe is not None:
+        anywhere |= {
+            "positions": _position_bytes(recipe, workload),
+            "chunks of attention": _split_bytes(recipe, workload),
+        }
+    else:
+        anywhere |= {"modules of transformers": rows * _module_row_bytes(sizes, dtype_bytes)}
+    anywhere |= {"packed weights": _packed_bytes(layout, workload), "outlier columns": COLUMN_BYTES}
+    if stages > 1:
+        message = ceil(rows * hidden * 9 / 8)
+        anywhere |= {"messages": (min(SPARE_BUFFERS, stages + 1) + 1) * message, "what is sent": rows * hidden}
+    values = sizes.position_values is not None
+    front = {"embeddings": rows * (2 * (sizes.width or 0) + 10 * sizes.hidden * values), "before": kept["before"]}
+    back = {"after": kept["after"]}
+    head = {"head": kept["head"], "logits": min(head_rows(workload), workload.sequences) * sizes.vocab * 4}
+    head |= {"choice": 24 * sizes.vocab}
+    (front if layout.tied else back).update(head)
+    block = {"vectors in float32": _vector_bytes(layout, dtype_bytes), "operations": BLOCK_OBJECT_BYTES}
+    return Workspace(anywhere, block, front, back, loading=_staging_bytes(layout, dtype_bytes))
+
+
+def cpu_row_bytes(layout: Layout, workload: Workload) -> dict[str, int]:
+    """The memory that a stage on the CPU keeps for rows: of its blocks, and of what is before and after them, and the
+    head. `FusedStage.row_bytes` is the sum of those that a stage has; 0 where transformers' own blocks run."""
+    sizes, rows = layout.sizes, workload.most_rows
+    few, width = min(head_rows(workload), rows), sizes.width or sizes.hidden
+    parts = {name: _Rows(0) for name in ("blocks", "before", "after", "head")}
+    if layout.recipe is None:
+        return dict.fromkeys(parts, 0)
+    parts["blocks"] = _block_rows(layout, layout.recipe, rows)
+    projected = width != sizes.hidden
+    if projected or sizes.embedding_norm_values is not None:
+        parts["before"] = _around(rows, width, sizes.embedding_norm_values is not None)
+        if projected:
+            parts["before"].linear(width, "projected", sizes.hidden, bool(layout.first[-1].part.int8_values))
+    if projected or sizes.final_norm_values is not None:
+        parts["after"] = _around(few, sizes.hidden, sizes.final_norm_values is not None)
+        if projected:
+            parts["after"].linear(sizes.hidden, "projected", width, bool(layout.last[-1].part.int8_values))
+    parts["head"] = _around(few, width, False)
+    parts["head"].linear(width, "projected", sizes.vocab, layout.int8_head)
+    return {name: part.nbytes for name, part in parts.items()}
+
+
+class _Rows:
+    """Memory for rows by name and width, as `bigint8_kernels.cpu_step.CpuStep` has it."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._row_bytes = rows, dict[tuple[str, int], int]()
+
+    def add(self, name: str, width: int, value_bytes: int = 4) -> None:
+        self._row_bytes[name, width] = width * value_bytes
+
+    def linear(self, inputs: int, name: str, outputs: int, int8: bool) -> None:
+        """What a linear layer writes, and its inputs as integers."""
+        self.add(name, outputs)
+        if int8:
+            self.add("int16", inputs, 2)
+            self.add("int16 scales", ceil(inputs / ACTIVATION_BLOCK))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._rows * size + CACHE_LINE for size in self._row_bytes.values())
+
+
+def _around(rows: int, width: int, norm: bool) -> _Rows:
+    found = _Rows(rows)
+    found.add("x", width)
+    if norm:
+        found.add("normed", width)
+    return found
+
+
+def _block_rows(layout: Layout, recipe: Recipe, rows: int) -> _Rows:
+    """As `model.fused.run_block` names them."""
+    hidden, found = layout.sizes.hidden, _Rows(rows)
+    by_name = {linear.name: linear for linear in layout.sizes.linears}
+    names = ["x", "stream", "next_stream"] if recipe.norm_last else ["x", "normed"]
+    names += ["normed_too"] if recipe.parallel and recipe.mlp_norm is not None else []
+    for name in names:
+        found.add(name, hidden)
+    for name in ("queries", "attended"):
+        found.add(name, recipe.heads * recipe.head_dim)
+    for name, layers in (("qkv", recipe.qkv), ("out", (recipe.out,)), ("up", recipe.up), ("down", (recipe.down,))):
+        outputs = sum(by_name[layer].outputs for layer in layers)
+        found.linear(by_name[layers[0]].inputs, name, outputs, any(layer in layout.int8_linears for layer in layers))
+    found.add("activated", by_name[recipe.down].inputs)
+    return found
+
+
+def _position_bytes(recipe: Recipe, workload: Workload) -> int:
+    """The table of rotary positions, twice while it grows, and the rows of a step."""
+    table = ceil(workload.context / POSITIONS) * POSITIONS
+    return 4 * recipe.rotated * (2 * table + workload.most_rows)
+
+
+def _split_bytes(recipe: Recipe, workload: Workload) -> int:
+    """Where there are few tiles of generated tokens, threads take chunks of them."""
+    threads = usable_cpus()
+    tiles = workload.sequences * recipe.kv_heads * ceil(recipe.heads // recipe.kv_heads / TILE)
+    split = 0 if threads == 1 else min(SPLIT_TILES_A_THREAD * threads, tiles)
+    return split * ceil(workload.context / ATTENTION_CHUNK) * RESULT_BYTES
+
+
+def _packed_bytes(layout: Layout, workload: Workload) -> int:
+    """What torch's integer product takes for a prompt's rows, and the allocator keeps of it."""
+    if workload.most_rows <= PACKED_ROWS or not layout.int8_linears:
+        return 0
+    groups: list[tuple[str, ...]] = [(linear.name,) for linear in layout.sizes.linears]
+    if layout.recipe is not None:  # layers whose weights lie side by side are one
+        groups = [layout.recipe.qkv, (layout.recipe.out,), layout.recipe.up, (layout.recipe.down,)]
+    weights = {linear.name: linear.inputs * linear.outputs for linear in layout.sizes.linears}
+    packed = int(PACKED_SHARE * max(sum(weights[name] for name in group) for group in groups))
+    return packed if packed > MAPPED_BYTES else PACKINGS * packed
+
+
+def _module_row_bytes(sizes: Sizes, dtype_bytes: int) -> int:
+    """Of a row in transformers' own blocks: the stream, its norm, q, k and v twice, the feed-forward part, and what an
+    int8 layer makes of it: its inputs in float32 and as integers, sums and outputs in float32."""
+    outputs = max(linear.outputs for linear in sizes.linears)
+    inputs = max(linear.inputs for linear in sizes.linears)
+    attention = 2 * (sizes.hidden + sizes.kv_values) * (dtype_bytes + 4)
+    return (3 * sizes.hidden + (_ups(sizes) + 1) * sizes.widest) * dtype_bytes + attention + 6 * inputs + 8 * outputs
+
+
+def _vector_bytes(layout: Layout, dtype_bytes: int) -> int:
+    """Norms and biases of a block, which kernels read in float32; and weights in 16 bits that are stored turned."""
+    if layout.recipe is None:
+        return 0
+    sizes = layout.sizes
+    vectors = sizes.norm_values + sum(linear.outputs * linear.bias for linear in sizes.linears)
+    turned = [linear for linear in sizes.linears if sizes.transposed and linear.name not in layout.int8_linears]
+    weights = sum(linear.inputs * linear.outputs * dtype_bytes for linear in turned)
+    return weights + (0 if dtype_bytes == 4 else 4 * vectors)
+
+
+def _staging_bytes(layout: Layout, dtype_bytes: int) -> int:
+    """The readers' buffers. A weight that is stored turned comes whole."""
+    whole = max(linear.inputs * linear.outputs for linear in layout.sizes.linears) * layout.sizes.transposed
+    readers = min(MOST_READERS, max(FEWEST_READERS, usable_cpus()))
+    return readers * (max(HOST_BUFFER_BYTES, whole * dtype_bytes) + 3 * 4096)
+
+
+# --- keys and values -----------------------------------------------------------------------------------------------
 
 
 def pages(layout: Layout, workload: Workload, stages: int) -> tuple[int, ...]:

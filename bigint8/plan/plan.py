@@ -16,8 +16,8 @@ from .spec import ModelSpec
 class Stage:
     """One stage: what lives on a device, by module, and what it takes there, in bytes.
 
-    It has blocks [first_block, last_block). `workspace_bytes` is an estimate of what loading or a forward pass needs
-    besides; the rest is exact.
+    It has blocks [first_block, last_block). `workspace_bytes` is what running takes besides, or loading if that
+    is more: on the CPU measured (`benchmarks/memory.py --families`), on a GPU computed. The rest is exact.
     """
 
     index: int

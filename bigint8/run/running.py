@@ -21,6 +21,7 @@ from ..model.skeleton import Skeleton, skeleton_of
 from ..model.stage import StageModel, owner
 from ..model.step import Step
 from ..options import PAGE_TOKENS
+from ..plan.memory import head_rows
 from ..plan.plan import Plan
 from .sampling import choose
 
@@ -62,7 +63,7 @@ def room_of(plan: Plan, device: str) -> Room:
     """What a plan leaves room for on one of its devices."""
     work = plan.workload
     table_pages, dtype = ceil(work.context / PAGE_TOKENS), getattr(torch, plan.dtype)
-    return Room(plan.pages, table_pages, work.most_rows, dtype, torch.device(device))
+    return Room(plan.pages, table_pages, work.most_rows, dtype, torch.device(device), head_rows(work))
 
 
 def answer(stage: RaggedStage, step: Step, hidden_RH: Tensor) -> Values:

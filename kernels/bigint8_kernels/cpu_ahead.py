@@ -56,7 +56,7 @@ def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dty
     kernels += [cpu_product.multiply, cpu.to_int16, cpu.to_int8, cpu.to_int8_without]
     kernels += [cpu_rows.add_norm, cpu_rows.activate, cpu_prompt.to_int8_by_token, cpu_prompt.add_outliers]
     if cpu.has_int8_dot():
-        kernels.append(cpu.rescale)
+        kernels += [cpu.rescale, cpu_prompt.rescale_in_place]
     kernels += [cpu_float.PRODUCTS[dtype] for dtype in stored]
     compilations |= {kernel.name: kernel.compile for kernel in kernels}
     compilations |= {"_call_parts": cpu_threads.compile_calls, "_run_together": cpu_program.compile_runs}

@@ -11,13 +11,24 @@ from numba import njit
 from torch import Tensor
 
 from . import cpu_product
-from .cpu import has_int8_dot, rescale
+from .cpu import has_int8_dot
 from .cpu_threads import Work, blocks_of, kernel, threads_for, work_at
 from .cpu_weights import row_scale
-from .numba_bits import float32_at, int8_at, int16_at, intp_at, magnitude, magnitude_to_float32, round_to_int8
+from .numba_bits import (
+    float32_at,
+    int8_at,
+    int16_at,
+    intp_at,
+    magnitude,
+    magnitude_to_float32,
+    round_to_int8,
+    to_bits,
+)
 from .numba_floats import WIDTH, load, load_first, multiply_add, spread, sum_of
-from .reference import BLOCK
 from .step import Linear
+
+COLUMN_BYTES = 2**20
+"""Outlier columns of a weight that are gathered at once, as they are and turned: a prompt may mark any number."""
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -67,6 +78,18 @@ def to_int8_by_token(address, part, parts):
 
 
 @kernel
+def rescale_in_place(address, part, parts):
+    """`cpu.rescale` of sums that lie where Y goes, each in the place of its result. Compilers see one array only."""
+    work = work_at(address)
+    scale_N, bias_N = float32_at(work.scale, 0), float32_at(work.bias, 0)
+    for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
+        x_scale, y_N = float32_at(work.x_scale, t)[0], float32_at(work.y, t * work.y_stride)
+        for n in range(work.rows):
+            y = np.float32(to_bits(y_N[n])) * (x_scale * scale_N[n])
+            y_N[n] = y + bias_N[n] if work.bias else y
+
+
+@kernel
 def add_outliers(address, part, parts):
     """Y plus each token's outliers times their columns of the weight, gathered: int8 (C, N). `outliers`: int64 (C,)."""
     work = work_at(address)
@@ -83,10 +106,17 @@ def add_outliers(address, part, parts):
 
 
 class Prompt:
-    """Several layers of the same X, for the rows of prompts: what a `CpuStep` runs between native calls."""
+    """Several layers of the same X, for the rows of prompts: what a `CpuStep` runs between native calls.
 
-    def __init__(self, x_TK: Tensor) -> None:
-        self._x, self._layers = x_TK, list[tuple[Linear, Tensor]]()
+    Its memory is the step's: what is allocated anew for each layer leaves holes between what stays.
+    """
+
+    def __init__(self, x_TK: Tensor, q_TK: Tensor, x_scale_TB: Tensor, columns: Tensor) -> None:
+        """q_TK int16, x_scale_TB float32: of as many rows as X; memory for the integers of X and their scales.
+        columns int8 (2, COLUMN_BYTES): memory for columns of a weight, as they are and turned.
+        """
+        self._x, self._q, self._x_scale, self._columns = x_TK, q_TK, x_scale_TB, columns
+        self._layers = list[tuple[Linear, Tensor]]()
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -97,20 +127,23 @@ class Prompt:
 
     def __call__(self, first: int, last: int) -> None:
         """Compute the rows from first to last."""
-        x_TK = self._x[first:last]
-        integers: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
+        x_TK, memory_TK, x_scale_TB = self._x[first:last], self._q[first:last], self._x_scale[first:last]
+        threshold = None
         for layer, y_TN in self._layers:
-            if layer.threshold not in integers:
-                integers[layer.threshold] = quantize_by_token(x_TK, layer.threshold)
-            _multiply(x_TK, *integers[layer.threshold], layer, y_TN[first:last])
+            if layer.threshold != threshold:
+                threshold = layer.threshold
+                q_TK, columns_C = quantize_by_token(x_TK, threshold, memory_TK, x_scale_TB)
+            _multiply(x_TK, q_TK, x_scale_TB, columns_C, layer, y_TN[first:last], self._columns)
 
 
-def quantize_by_token(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """X (T, K) as integers, int8 with VNNI, else int16; scales (T, B), all of a row alike; outlier columns (C,)."""
+def quantize_by_token(x_TK: Tensor, threshold: float, memory_TK: Tensor, x_scale_TB: Tensor) -> tuple[Tensor, Tensor]:
+    """X (T, K) as integers in memory of int16 (T, K): int8 with VNNI, else int16; and outlier columns (C,).
+
+    Writes the scales (T, B), all of a row alike.
+    """
     tokens, features = x_TK.shape
     narrow = has_int8_dot() and features > 1  # torch mistakes a single column for a row and multiplies wrongly
-    q_TK = torch.empty(tokens, features, dtype=torch.int8 if narrow else torch.int16)
-    x_scale_TB = torch.empty(tokens, -(-features // BLOCK))
+    q_TK = memory_TK.view(-1).view(torch.int8)[: x_TK.numel()].view(tokens, features) if narrow else memory_TK
     outliers_K = torch.zeros(features, dtype=torch.bool)
     work = Work(
         x=x_TK.data_ptr(), q=q_TK.data_ptr(), x_scale=x_scale_TB.data_ptr(), outliers=outliers_K.data_ptr(),
@@ -118,29 +151,37 @@ def quantize_by_token(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, T
     )  # fmt: skip
     with threads_for(x_TK.numel()) as parts:
         to_int8_by_token(work, parts)
-    return q_TK, x_scale_TB, outliers_K.nonzero().squeeze(1)
+    return q_TK, outliers_K.nonzero().squeeze(1)
 
 
-def _multiply(x_TK: Tensor, q_TK: Tensor, x_scale_TB: Tensor, columns_C: Tensor, layer: Linear, y_TN: Tensor) -> None:
-    """Y, a slice of wider rows, from the integers of X and its outliers."""
+def _multiply(
+    x_TK: Tensor, q_TK: Tensor, x_scale_TB: Tensor, columns_C: Tensor, layer: Linear, y_TN: Tensor, columns: Tensor
+) -> None:
+    """Y, a slice of wider rows, from the integers of X and its outliers. `columns`: two halves to gather weights in."""
     assert layer.scale is not None
     (tokens, features), rows = x_TK.shape, layer.weight.shape[0]
     work = Work(
         x=x_TK.data_ptr(), q=q_TK.data_ptr(), weight=layer.weight.data_ptr(), scale=layer.scale.data_ptr(),
         bias=0 if layer.bias is None else layer.bias.data_ptr(), y=y_TN.data_ptr(), y_stride=y_TN.stride(0),
-        tokens=tokens, features=features, rows=rows, threshold=layer.threshold, columns=len(columns_C),
+        tokens=tokens, features=features, rows=rows, threshold=layer.threshold,
     )  # fmt: skip
     if q_TK.dtype == torch.int8:
-        sums_TN, x_scale_T = torch._int_mm(q_TK, layer.weight.T).contiguous(), x_scale_TB[:, 0].contiguous()
-        work.sums, work.x_scale = sums_TN.data_ptr(), x_scale_T.data_ptr()
-        with threads_for(sums_TN.numel()) as parts:
-            rescale(work, parts)
+        x_scale_T = x_scale_TB[:, 0].contiguous()
+        work.x_scale = x_scale_T.data_ptr()
+        if y_TN.is_contiguous():
+            torch._int_mm(q_TK, layer.weight.T, out=y_TN.view(torch.int32))
+        else:
+            y_TN.view(torch.int32).copy_(torch._int_mm(q_TK, layer.weight.T))
+        with threads_for(y_TN.numel()) as parts:
+            rescale_in_place(work, parts)
     else:
         work.x_scale = x_scale_TB.data_ptr()
         with threads_for(rows * features * tokens) as parts:
             cpu_product.multiply(work, parts)
-    if len(columns_C):
-        w_CN = layer.weight.index_select(1, columns_C).T.contiguous()
-        work.weight, work.outliers = w_CN.data_ptr(), columns_C.data_ptr()
-        with threads_for(tokens * rows * len(columns_C)) as parts:
+    for some_C in columns_C.split(max(1, COLUMN_BYTES // rows)) if len(columns_C) else ():  # in the order of k
+        gathered, turned = (part[: rows * len(some_C)] for part in columns)
+        w_NC = torch.index_select(layer.weight, 1, some_C, out=gathered.view(rows, len(some_C)))
+        w_CN = turned.view(len(some_C), rows).copy_(w_NC.T)
+        work.weight, work.outliers, work.columns = w_CN.data_ptr(), some_C.data_ptr(), len(some_C)
+        with threads_for(tokens * rows * len(some_C)) as parts:
             add_outliers(work, parts)

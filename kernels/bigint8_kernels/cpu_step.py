@@ -22,7 +22,7 @@ from torch import Tensor
 from . import cpu, cpu_attention, cpu_float, cpu_pages, cpu_product, cpu_rows, cpu_threads
 from .cpu_pages import AttentionWork
 from .cpu_program import Program
-from .cpu_prompt import Prompt
+from .cpu_prompt import COLUMN_BYTES, Prompt
 from .cpu_rows import ACTIVATIONS, ActivationWork, NormWork, Rows, Table
 from .cpu_scores import CHUNK, RESULTS
 from .cpu_threads import Kernel, Work
@@ -53,6 +53,7 @@ class CpuStep:
         self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._prompts: list[tuple[int, bool, Prompt]] = []
         self._kept: list[Tensor] = []
+        self._columns = torch.empty(2, COLUMN_BYTES, dtype=torch.int8)
         self._rotated = 0
         self._most_split, self._split = 0, torch.empty(0)
 
@@ -68,6 +69,11 @@ class CpuStep:
             memory = memory[first : first + self.most_rows * width * dtype.itemsize]
             self._buffers[key] = memory.view(dtype).view(self.most_rows, width)
         return self._buffers[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory of all names, which stays as long as this does."""
+        return sum(memory.untyped_storage().nbytes() for memory in self._buffers.values())
 
     # --- operations ---
 
@@ -118,11 +124,15 @@ class CpuStep:
         self._weights += layer.weight.numel()
         return replace(layer, weight=self._keep(layer.weight), scale=scale, bias=bias)
 
+    def _integers(self, features: int) -> tuple[Tensor, Tensor]:
+        """Memory for rows as integers: int16 (most_rows, features), and the float32 scales of their blocks."""
+        return self._memory("int16", features, torch.int16), self.rows("int16 scales", -(-features // BLOCK))
+
     def _round_to_16bit(self, x_TK: Tensor, which: str) -> None:
-        features = x_TK.shape[1]
+        q_TK, x_scale_TB = self._integers(x_TK.shape[1])
         work = Work(
-            x=self._row_address(x_TK), q=self._memory("int16", features, torch.int16).data_ptr(), features=features,
-            x_scale=self.rows("int16 scales", -(-features // BLOCK)).data_ptr(), tokens_at=self._rows_address(which),
+            x=self._row_address(x_TK), q=q_TK.data_ptr(), features=x_TK.shape[1], x_scale=x_scale_TB.data_ptr(),
+            tokens_at=self._rows_address(which),
         )  # fmt: skip
         self._program.add([(cpu.to_int16, work, self._program.threads)])
 
@@ -138,14 +148,16 @@ class CpuStep:
             work.tokens_at = self._rows_address("rows")
             return cpu_float.PRODUCTS[layer.weight.dtype], work, parts
         work.tokens_at = self._rows_address("rows" if layer.activations == "16bit" else "few")
-        work.q, work.scale = self._memory("int16", features, torch.int16).data_ptr(), layer.scale.data_ptr()
-        work.x_scale = self.rows("int16 scales", -(-features // BLOCK)).data_ptr()
+        q_TK, x_scale_TB = self._integers(features)
+        work.q, work.x_scale, work.scale = q_TK.data_ptr(), x_scale_TB.data_ptr(), layer.scale.data_ptr()
         return cpu_product.multiply, work, parts
 
     def _record_prompt(self, x_TK: Tensor, layers: Sequence[Linear], y_TN: Tensor) -> None:
         """What int8 layers need between native calls: for rows of prompts, or for all where a layer says so."""
+        if all(layer.scale is None or layer.activations == "16bit" for layer in layers):
+            return
         for always in (False, True):
-            first, prompt = 0, Prompt(x_TK)
+            first, prompt = 0, Prompt(x_TK, *self._integers(x_TK.shape[1]), self._columns)
             for layer in layers:
                 last = first + layer.weight.shape[0]
                 if layer.scale is not None and layer.activations == ("int8" if always else "auto"):

@@ -54,6 +54,16 @@ def magnitude(typingctx, x):
 
 
 @intrinsic
+def to_bits(typingctx, x):
+    """The bits of a float32, as an int32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
 def magnitude_to_float32(typingctx, bits, like):
     """The float32 whose magnitude in the format of `like` has these bits."""
 
