@@ -14,6 +14,7 @@ from ..options import Workload
 from ..units import readable
 from .devices import Device, pick_dtype
 from .draft import Draft, Objective
+from .offload import Spill, offload_is_not_enough, offload_note
 from .plan import Plan
 from .spec import ModelSpec, check_workload
 
@@ -26,13 +27,20 @@ INT8_HEAD_NOTE = (
 
 
 def make_plan(
-    spec: ModelSpec, devices: Sequence[Device], workload: Workload, objective: Objective = "throughput"
+    spec: ModelSpec,
+    devices: Sequence[Device],
+    workload: Workload,
+    objective: Objective = "throughput",
+    spill: Spill | None = None,
 ) -> Plan:
     """The best plan over some of the devices, or all.
 
     A device is left out if no stage gets faster with it; a note says so. Where the model does not fit and the settings
     leave the output head open, it becomes int8. Raises PlanError, with the numbers, when it does not fit, when there
     are more devices than blocks or when the context is longer than the model's.
+
+    spill: what may hold blocks that no device holds. They are offloaded only if nothing else makes the model fit; a
+        note says how many. By default nothing may.
     """
     check_workload(spec, workload)
     blocks = len(spec.known_layout.blocks)
@@ -50,8 +58,19 @@ def make_plan(
         if plan is not None:
             notes = () if candidate is spec else (INT8_HEAD_NOTE,)
             return replace(plan, notes=(*notes, *_left_out(devices, plan)))
+    # the same tokens as without: the head becomes int8 only where it has no room
+    tries = [(spec, SPARE), (spec, 0.0), (smaller, SPARE), (smaller, 0.0)] if spill is not None else []
+    for candidate, spare in tries:
+        if candidate is None:
+            continue
+        plan = Draft(candidate, workload, dtype, len(devices), spill).best_plan(devices, objective, spare)
+        if plan is not None:
+            notes = () if candidate is spec else (INT8_HEAD_NOTE,)
+            return replace(plan, notes=(*notes, offload_note(plan), *_left_out(devices, plan)))
     draft = Draft(spec, workload, dtype, len(devices))
-    raise PlanError(_does_not_fit(draft.plan(draft.emptiest_cut(devices), devices), devices))
+    failed = draft.plan(draft.emptiest_cut(devices), devices)
+    message = _does_not_fit(failed, devices)
+    raise PlanError(message if spill is None else f"{message}. {offload_is_not_enough(failed, spill)}")
 
 
 def fewest_devices(spec: ModelSpec, device: Device, workload: Workload) -> int:

@@ -5,6 +5,7 @@ from itertools import pairwise
 from math import ceil
 
 from ..units import FLOAT_BYTES
+from .offload import step_seconds, streamed_seconds
 from .plan import Plan, Stage
 from .time import DRIVER_SECONDS, Rows, TimeModel, hop_seconds
 
@@ -113,11 +114,14 @@ class PlanTimes:
         return StepTimes(stages, (*hops, back + DRIVER_SECONDS))
 
     def stage_seconds(self, stage: Stage, rows: Rows) -> float:
-        """Of one stage: its blocks, and the head where it has it."""
+        """Of one stage: its blocks, those that are brought in too, and the head where it has it."""
         blocks = range(stage.first_block, stage.last_block)
         seconds = sum(self._model.block_seconds(block, stage.device.speed, rows) for block in blocks)
         is_head = stage.index == 0 if self.plan.spec.tied else stage.index == len(self.plan.stages) - 1
-        return seconds + (self._model.head_seconds(stage.device.speed, rows) if is_head else 0.0)
+        seconds += self._model.head_seconds(stage.device.speed, rows) if is_head else 0.0
+        sharing = sum(other.device.box == stage.device.box and other.disk_bytes > 0 for other in self.plan.stages)
+        streaming = streamed_seconds(stage.device, stage.host_bytes, stage.disk_bytes, max(1, sharing))
+        return step_seconds(stage.device, seconds, streaming)
 
     def prompt_seconds(self, tokens: int) -> float:
         """Until the first token of a prompt: its chunks go through the stages one behind the other."""
