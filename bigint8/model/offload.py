@@ -44,9 +44,10 @@ class OpenFile:
             except OSError as error:
                 raise BigInt8Error(f"{self.path}: offloaded weights cannot be read: {error.strerror}") from None
             if not count:
+                end = os.fstat(self.descriptor).st_size
                 raise BigInt8Error(
-                    f"{self.path}: ends at byte {start:,}, within the weights of an offloaded block; it was cut short "
-                    "since the model was loaded: load the model again"
+                    f"{self.path}: ends at byte {end:,}, where an offloaded block goes on to byte "
+                    f"{start + len(out):,}; it was cut short since the model was loaded: load the model again"
                 )
             out, start = out[count:], start + count
 

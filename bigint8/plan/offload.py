@@ -101,10 +101,11 @@ def offload_is_not_enough(plan: Plan, spill: Spill) -> str:
     sizes = [module.part.int8_values for module in blocks]
     least = keep_beside(stage, sizes, range(len(sizes)), "disk")
     if least.headroom_bytes >= 0:
+        host = f"{readable(spill.host_bytes)} of the host's memory and " if stage.device.kind == "cuda" else ""
         return (
             f"Its blocks may be offloaded: that takes up to {readable(sum(sizes))} for stage {stage.index}, and there "
-            f"are {readable(spill.host_bytes)} of the host's memory and {readable(spill.disk_bytes)} of the disk. What "
-            "would help: room where offload_folder= says, or BIGINT8_CACHE"
+            f"are {host}{readable(spill.disk_bytes)} of the disk. What would help: room where offload_folder= says, or "
+            "BIGINT8_CACHE"
         )
     return (
         f"With all its blocks offloaded, stage {stage.index} still needs {readable(least.needed_bytes)}: "
