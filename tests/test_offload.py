@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend import pretending
+from pretend_cuda import Event, PretendCuda, Stream, install
 from ragged import Stages, texts
 from safetensors.torch import save_file
 from test_workers import WORK, AsOneStage
@@ -18,9 +20,12 @@ from tiny import SIZES, save_tiny, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from bigint8 import BigInt8Error, Int8Config, PlanError, load_sharded_int8
+from bigint8.load import device_map
+from bigint8.model import offload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.offload import Spill
 from bigint8.plan.plan import Stage
+from bigint8.run.stages import LocalStages
 from bigint8.session import find_model, quantize
 from bigint8.units import MIB
 
@@ -264,3 +269,87 @@ def test_smollm2_gives_the_same_tokens(smollm2):
     model = load(smollm2, 12 * block_bytes(expected))
     assert len(the_stage(model).disk_blocks) == 14
     assert tokens(model, new=24) == tokens(expected, new=24)
+
+
+# --- on GPUs that are not there ------------------------------------------------------------------------------------
+
+
+def bring_there(self, k):
+    with pretending():  # the reader's thread has no mode of its own
+        BRING(self, k)
+
+
+BRING = offload.GpuBuffers._bring
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> PretendCuda:
+    made = install(monkeypatch, gpus=1)
+    receive, read = LocalStages.receive, offload.KeptBlock.read
+
+    def pretend_to_receive(stages, timeout):
+        with pretending():  # the engine runs steps in a thread of its own
+            return receive(stages, timeout)
+
+    def watched(block, out):
+        made.host_writes(out)
+        read(block, out)
+
+    monkeypatch.setattr(LocalStages, "receive", pretend_to_receive)
+    monkeypatch.setattr(offload.GpuBuffers, "_bring", bring_there)
+    monkeypatch.setattr(offload.KeptBlock, "read", watched)
+    return made
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise PlanError("here nothing is computed on the CPU")
+
+
+def load_on_gpu(folder, monkeypatch, host_bytes):
+    """On a GPU without limit, and on one that has room for all but a block and a half, beside so much host memory."""
+    settings = {"config": Int8Config(int8_head=False), "context": 64, "progress": False}
+    monkeypatch.setattr(device_map, "fill_in_order", refuse)
+    with pretending():
+        whole = load_sharded_int8(folder, 0, **settings)
+        limits = {0: the_stage(whole).needed_bytes - block_bytes(whole) * 3 // 2, "cpu": host_bytes}
+        return whole, load_sharded_int8(folder, max_memory=limits, **settings)
+
+
+HOMES = {"host": 2**30, "disk": 1}
+
+
+@pytest.mark.parametrize(("home", "locked"), [("host", False), ("host", True), ("disk", False)])
+def test_blocks_come_to_a_gpu_without_a_race_and_give_the_tokens_of_those_that_stay(
+    cuda, home, locked, tmp_path, monkeypatch
+):
+    """`locked`: where CUDA page-locks memory that is there."""
+    monkeypatch.setattr(offload, "page_lock", lambda *args: locked)
+    save_tiny("llama", False, tmp_path)
+    whole, model = load_on_gpu(tmp_path, monkeypatch, HOMES[home])
+    stage = the_stage(model)
+    assert len(stage.host_blocks if home == "host" else stage.disk_blocks) == 4
+    assert model.load_report.device_bytes == {"cuda:0": stage.weight_bytes, home: 4 * block_bytes(whole)}
+    with pretending():
+        expected, found = (tokens(each, PROMPT.to("cuda:0"), 6) for each in (whole, model))
+        assert found == expected and cuda.races == []
+        looked = (each(PROMPT.to("cuda:0"), output_hidden_states=True).logits.cpu() for each in (whole, model))
+        assert torch.equal(*looked)  # through transformers' own modules
+
+
+@pytest.mark.parametrize(
+    ("left_out", "race"),
+    [
+        ((Stream, "wait_event"), "does not wait for"),
+        ((Event, "synchronize"), "the next read on the host does not wait for stream"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else None,
+)
+def test_every_wait_for_a_block_is_needed(cuda, left_out, race, tmp_path, monkeypatch):
+    """The proof that the test above can fail."""
+    save_tiny("llama", False, tmp_path)
+    _, model = load_on_gpu(tmp_path, monkeypatch, HOMES["disk"])
+    assert cuda.races == []
+    monkeypatch.setattr(*left_out, lambda *args: None)
+    with pretending():
+        tokens(model, PROMPT.to("cuda:0"), 6)
+    assert any(race in found for found in cuda.races)

@@ -14,7 +14,7 @@ from ..families.layout import Layout, Recipe
 from .fused import FusedBlock, fuse, linear_of, norm_of, run_block
 from .graphs import Graphs, Run, Shape, compile_steps
 from .host_numbers import on_device
-from .offload import Kept, TwoBuffers
+from .offload import Kept, TwoBuffers, buffers_of
 from .program import Program, Rows
 from .ragged import Pools, Room, batch_of, batch_without_attention
 from .rotary import Rotary, refuse_changing_frequencies
@@ -45,7 +45,7 @@ class FusedStage:
         ]
         self._pools = Pools([block.attention for block in blocks], room)
         offloaded = [i for i, index in enumerate(stage.indices) if index in (kept or {})]
-        self._buffers = TwoBuffers([(kept or {})[stage.indices[i]] for i in offloaded]) if offloaded else None
+        self._buffers = buffers_of([(kept or {})[stage.indices[i]] for i in offloaded], room.device)
         self._dtype = torch.float32 if room.device.type == "cpu" else room.dtype
         hidden, width = layout.sizes.hidden, layout.sizes.width or layout.sizes.hidden
         most_kept = min(KEPT_AT_ONCE, room.most_rows)
@@ -70,6 +70,8 @@ class FusedStage:
         tables = (self._room.table_pages,) * len(self._room.pages)
         shape = Shape(self._hidden, self._dtype, tables, rotated)
         compile_steps(self._blocks, shape, self._room.device, self._room.most_rows)
+        if self._buffers is not None:  # the host lets blocks come, which no graph does; their bytes take far longer
+            return
         graphs = Graphs(self._blocks, shape, self._room.device)
         graphs.capture()
         self._blocks = graphs

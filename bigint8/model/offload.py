@@ -7,6 +7,7 @@ comes. Its module keeps the weights where they are kept.
 """
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -114,17 +115,18 @@ Kept = Mapping[int, KeptBlock]
 
 
 class TwoBuffers:
-    """The offloaded blocks of a stage on a CPU, brought in by a thread. Not for several threads.
+    """The offloaded blocks of a stage, brought in by a thread. Not for several threads.
 
     Blocks are taken in their order, again and again: `wait` before one is computed, `release` after it.
     """
 
-    def __init__(self, blocks: Sequence[KeptBlock]) -> None:
+    def __init__(self, blocks: Sequence[KeptBlock], device: torch.device | str = "cpu") -> None:
         """Allocate the buffers, and begin to bring in the first two blocks."""
-        self._blocks = blocks
+        self._blocks, self._device = blocks, torch.device(device)
         size = max(block.buffer_bytes for block in blocks)
-        self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._reader = ThreadPoolExecutor(1, "offload")
+        self._prepare()
         self._coming: list[tuple[int, Future[None]]] = [self._begin(k) for k in range(min(2, len(blocks)))]
 
     @property
@@ -139,7 +141,7 @@ class TwoBuffers:
     def wait(self, k: int) -> None:
         """Until block k is in its buffer. Raises BigInt8Error if it cannot be read."""
         number, coming = self._coming[k % 2]
-        if number != k or (coming.done() and coming.exception() is not None):  # a step before this one failed
+        if number != k:  # a step before this one failed
             number, coming = self._coming[k % 2] = self._begin(k)
         coming.result()
 
@@ -149,8 +151,81 @@ class TwoBuffers:
         if later != k:
             self._coming[k % 2] = self._begin(later)
 
-    def _begin(self, k: int) -> tuple[int, Future[None]]:
-        return k, self._reader.submit(self._blocks[k].read, self._buffers[k % 2])
+    def _begin(self, k: int) -> tuple[int, "Future[None]"]:
+        """Let the thread bring in block k, whose buffer nobody needs from here on."""
+        return k, self._reader.submit(self._bring, k)
+
+    def _prepare(self) -> None:
+        """What a device needs besides the buffers."""
+
+    def _bring(self, k: int) -> None:
+        """Runs in the thread, one block after the other."""
+        self._blocks[k].read(self._buffers[k % 2])
+
+
+class GpuBuffers(TwoBuffers):
+    """The same on a GPU: a copy stream brings the blocks in while others are computed on the current stream.
+
+    The GPU waits, not the host: the current stream for the copy of a block, the copy stream for what computed with the
+    block before in the same buffer. Files are read into page-locked memory first; the host's memory is page-locked as
+    it is, where CUDA does that. No GPU has run this yet.
+    """
+
+    def _prepare(self) -> None:
+        self._copies = torch.cuda.Stream(self._device)
+        for buffer in self._buffers:
+            buffer.record_stream(self._copies)  # its memory is not given away while something may come
+        self._arrived = [torch.cuda.Event(blocking=True) for _ in range(2)]
+        extents = [extent for block in self._blocks for extent in block.extents]
+        self._locked = all(extent.file is None for extent in extents) and page_lock(self, extents)
+        size = 0 if self._locked else self._buffers[0].numel()
+        self._staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._free: dict[int, torch.cuda.Event] = {}
+
+    def wait(self, k: int) -> None:
+        """Until the copy of block k is launched; what is launched from here on waits for it. Raises BigInt8Error."""
+        super().wait(k)
+        torch.cuda.current_stream(self._device).wait_event(self._arrived[k % 2])
+
+    def _begin(self, k: int) -> tuple[int, "Future[None]"]:
+        free = torch.cuda.Event()
+        free.record(torch.cuda.current_stream(self._device))
+        self._free[k] = free
+        return super()._begin(k)
+
+    def _bring(self, k: int) -> None:
+        block, buffer, staging = self._blocks[k], self._buffers[k % 2], self._staging[k % 2]
+        if not self._locked:
+            self._arrived[k % 2].synchronize()  # the copy before has left the staging memory
+            block.read(staging)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._copies):
+            self._copies.wait_event(self._free.pop(k))
+            if self._locked:
+                for extent, place in zip(block.extents, block.places, strict=True):
+                    buffer[place : place + extent.data.numel()].copy_(extent.data, non_blocking=True)
+            else:
+                buffer.copy_(staging, non_blocking=True)
+            self._arrived[k % 2].record(self._copies)
+
+
+def page_lock(owner: object, extents: Sequence[Extent]) -> bool:
+    """Page-lock memory that is there for as long as `owner` lives. False where CUDA is not there or does not do it."""
+    if not torch.cuda.is_available():
+        return False
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    for extent in extents:
+        address = extent.data.data_ptr()
+        if int(cudart.cudaHostRegister(address, extent.data.numel(), 0)):
+            return False
+        weakref.finalize(owner, cudart.cudaHostUnregister, address)
+    return True
+
+
+def buffers_of(blocks: Sequence[KeptBlock], device: torch.device) -> TwoBuffers | None:
+    """What brings these blocks to a device; None for none."""
+    if not blocks:
+        return None
+    return GpuBuffers(blocks, device) if device.type == "cuda" else TwoBuffers(blocks, device)
 
 
 def with_weights(block: FusedBlock, place: Callable[[Tensor], Tensor]) -> FusedBlock:

@@ -70,8 +70,8 @@ def _stages(model: Any, family: Family, plan: Plan) -> list[tuple[FusedStage, bo
     kept: Kept = getattr(model, "kept", {})
     elsewhere = {extent.data.untyped_storage().data_ptr() for block in kept.values() for extent in block.extents}
     for part, device in parts:
-        here = (tensor for tensor in part.tensors() if tensor.untyped_storage().data_ptr() not in elsewhere)
-        if any(tensor.device != torch.device(device) for tensor in here):
+        strange = (tensor for tensor in part.tensors() if tensor.device != torch.device(device))
+        if any(tensor.untyped_storage().data_ptr() not in elsewhere for tensor in strange):
             return None
     recipe, layout = family.recipe(plan.spec.config), plan.spec.known_layout
     if recipe is None:
