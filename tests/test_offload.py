@@ -19,7 +19,7 @@ from test_workers import WORK, AsOneStage
 from tiny import SIZES, save_tiny, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from bigint8 import BigInt8Error, Int8Config, PlanError, load_sharded_int8
+from bigint8 import BigInt8Error, Int8Config, PlanError, Workload, load_sharded_int8, open_pipeline
 from bigint8.load import device_map
 from bigint8.model import offload
 from bigint8.plan.cut import make_plan
@@ -100,11 +100,23 @@ def test_two_workers_that_offload_give_the_tokens_of_two_that_do_not(pipeline, k
     assert ours == tokens and torch.equal(our_logits, logits)
 
 
+def test_a_pipeline_of_one_device_that_is_too_small_offloads_without_a_flag(tmp_path, monkeypatch):
+    save_tiny("llama", True, tmp_path)
+    workload = Workload(context=128)
+    with open_pipeline(tmp_path, workload=workload, progress=False) as pipe:
+        expected, (whole,) = pipe.generate([PROMPT[0].tolist()], max_new_tokens=12, do_sample=False), pipe.plan.stages
+    small = replace(whole.device, usable_bytes=whole.needed_bytes - 20_000)
+    monkeypatch.setattr("bigint8.model_pipeline.find_devices", lambda *args: ([small], None))
+    with open_pipeline(tmp_path, config=Int8Config(int8_head=False), workload=workload, progress=False) as pipe:
+        found = pipe.generate([PROMPT[0].tolist()], max_new_tokens=12, do_sample=False)
+        assert pipe.plan.is_offloaded and found == expected
+
+
 # --- limits --------------------------------------------------------------------------------------------------------
 
 GROWTH = """
 import sys, torch
-from bigint8 import BigInt8Error, Int8Config, PlanError, load_sharded_int8
+from bigint8 import BigInt8Error, Int8Config, PlanError, Workload, load_sharded_int8, open_pipeline
 from test_offload import LONG, load, tokens
 
 def resident(key):
