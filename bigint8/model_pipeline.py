@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import BigInt8Error
 from .options import Access, Cluster, Int8Config, Workload
 from .plan.cut import make_plan
-from .plan.devices import Device, find_devices
+from .plan.devices import Device, cpu_device, find_devices
+from .plan.offload import spill_here
 from .plan.plan import Plan
 from .session import FoundModel, find_model, load_here, warm_up
 
@@ -68,11 +69,11 @@ class ModelPipeline:
         workload = workload or found.spec.workload()
         if cluster.address is None:
             devices, self.note = find_devices(cluster.device, gpus)
-            self.plan = make_plan(found.spec, devices, workload)
+            self.plan = self._plan_for(devices, workload)
             return
         workers = self._start(gpus, cluster)
         try:
-            self.plan = make_plan(found.spec, workers.devices(), workload)
+            self.plan = self._plan_for(workers.devices(), workload)
         except BaseException:
             self.close()
             raise
@@ -92,7 +93,7 @@ class ModelPipeline:
             workers = self._start(len(self.plan.stages), Cluster("cuda" if kind == "cuda" else "cpu"))
             there = workers.devices()  # what they say themselves: the GPUs may come in another order
             if not _as_planned(self.plan, there):
-                self.plan = make_plan(self.found.spec, there, self.plan.workload)
+                self.plan = self._plan_for(there, self.plan.workload)
                 self.note = "planned again, for the devices that the workers have"
 
     def load(self, progress: bool = True) -> "list[LoadReport]":
@@ -225,6 +226,14 @@ class ModelPipeline:
                 draw(self._trace, self._workers.spans())
         self._trace.write(self._trace_file)
         self._trace = None
+
+    def _plan_for(self, devices: Sequence[Device], workload: Workload) -> Plan:
+        """The best plan; where nothing else fits, with blocks in the memory of the host and in files.
+
+        What there is of both is looked at on this machine. A worker on another one that has less refuses its stage.
+        """
+        spill = spill_here(self.found.spec, cpu_device().usable_bytes)
+        return make_plan(self.found.spec, devices, workload, spill=spill)
 
     def _start(self, count: int | None, cluster: Cluster) -> "Pipeline":
         from .run.pipeline import Pipeline

@@ -81,14 +81,15 @@ def load_sharded_int8(
     """Load a causal language model with int8 weights in one process; returns the transformers model, ready to use.
 
     path: a checkpoint folder, a hub id or a preset's name
-    device_map: "auto" plans over the GPUs, then the CPU (and `offload_folder`); a device puts all of it there; a
-        mapping of module names to devices ("cpu", 0, "cuda:1", "disk") is taken as it is
+    device_map: "auto" plans over the GPUs; blocks that have no room there come from the host's memory or from files
+        when they are needed, or the CPU computes them, whichever is faster; a device has all of the model; a mapping
+        of module names to devices ("cpu", 0, "cuda:1", "disk") is taken as it is
     config: threshold, skipped modules and activations of the int8 layers; `dtype` here overrides the config's
     max_memory: the most to use on each device, in bytes or as "20GiB", by GPU index or "cpu"; others are not used
     context, batch_size: tokens of each sequence and sequences at once to leave room for (2048, or the model's length
         if that is shorter; one). A longer sequence is refused, and more of them than have room there
-    offload_folder: where weights that fit nowhere else are kept in files that are mapped into memory, in a folder of
-        their own that goes when the model does
+    offload_folder: where weights that fit nowhere else are kept in files, which go when the model does; by default
+        beside what is converted (BIGINT8_CACHE)
 
     An int8 checkpoint (of `save_int8`, `python -m bigint8.quantize` or bitsandbytes) is recognised; on the CPU its
     weights are mapped files. The model has `plan`, `hf_device_map`, `load_report` and `save_int8(folder)`. Raises

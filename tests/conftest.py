@@ -44,7 +44,9 @@ from bigint8.terminal.flags import run_command
 SHARED = os.environ.get("PYTEST_XDIST_WORKER")
 """The name of this process where several share the tests, of which each has a CPU for itself."""
 
-USES_WORKERS = ("test_pipeline.py", "test_workers.py", "test_nodes.py", "test_examples.py", "test_launch.py")
+USES_WORKERS = (
+    "test_pipeline.py", "test_workers.py", "test_nodes.py", "test_examples.py", "test_launch.py", "test_offload.py",
+)  # fmt: skip
 """Modules whose tests share one set of Ray workers."""
 
 COMPILED_MODULE = "test_gpu_resources.py"

@@ -104,6 +104,8 @@ def _device_of_result(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.dev
     devices = {tensor.device for tensor in tensors}
     if len(devices) <= 1:
         return devices.pop() if devices else torch.device("cpu")
+    if func is torch.ops.aten.copy_.default:  # between any two devices; fake tensors would be seen to copy, too
+        return tensors[0].device
     with FakeTensorMode():
         fake = tree_map(_fake, (args, kwargs))
         results = [t for t in tree_leaves(func(*fake[0], **fake[1])) if isinstance(t, Tensor)]

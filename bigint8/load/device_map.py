@@ -1,5 +1,6 @@
 """A model in one process: a plan from `device_map` and `max_memory`, and the loading of it."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -15,18 +16,23 @@ from torch import nn
 
 from ..checkpoint.headers import Checkpoint
 from ..errors import PlanError
+from ..families.table import find_family
 from ..model.layers import Int8Linear
 from ..model.skeleton import Skeleton, skeleton_of
 from ..options import Workload
 from ..plan.cut import fill_in_order, make_plan
 from ..plan.devices import Device, cpu_device, cuda_devices, pick_dtype
 from ..plan.memory import kv_bytes, pages
+from ..plan.offload import Spill, spill_here
 from ..plan.plan import DeviceMap, Plan, Stage
+from ..plan.predict import PlanTimes
 from ..plan.spec import ModelSpec, check_workload
+from ..plan.time import Rows
 from ..units import FLOAT_BYTES, parse_bytes, readable
 from .fill import LoadReport, fill, move_buffers, where
 from .follow import follow_devices
 from .intake import OnProgress
+from .offload import offload_of
 
 Limits = Mapping[int | str, int | str]
 """`max_memory`: bytes, or text such as "20GiB", by GPU number or device name."""
@@ -47,7 +53,9 @@ class Placement:
         if "disk" in devices.values():
             offloaded = new_offload_folder(self.offload_folder)
             weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
-        report = fill(checkpoint, skeleton, skeleton.slots, devices.__getitem__, on_progress, offloaded)
+        family = find_family(model.config.model_type)
+        offload = None if family is None else offload_of(self.plan.stages, skeleton.slots, family, self.offload_folder)
+        report = fill(checkpoint, skeleton, skeleton.slots, devices.__getitem__, on_progress, offloaded, offload)
         skeleton.tie()
 
         def device_of(name: str) -> str:
@@ -58,6 +66,10 @@ class Placement:
 
         move_buffers(model, device_of)
         model.hf_device_map = {name: _short(device) for name, device in devices.items()}
+        model.kept = {} if offload is None else offload.kept
+        for stage in self.plan.stages:
+            for home, blocks in (("cpu", stage.host_blocks), ("disk", stage.disk_blocks)):
+                model.hf_device_map |= {family.block(block): home for block in blocks if family is not None}
         if len({where(device) for device in devices.values()}) > 1:
             follow_devices(model, devices, lambda name: where(device_of(name)))
         prepare_kernels(model, self.plan.workload.most_rows)
@@ -98,7 +110,8 @@ def place(
     devices = _usable(max_memory) if device_map in ("auto", "balanced") else [_device(_name(device_map), max_memory)]
     if spec.layout is None:
         return _place_unknown(spec, checkpoint, workload, devices, offload_folder)
-    return place_plan(_plan(spec, workload, devices, offload_folder), checkpoint, offload_folder)
+    spill = _spill(spec, devices, max_memory, offload_folder)
+    return place_plan(_plan(spec, workload, devices, spill), checkpoint, offload_folder)
 
 
 def place_plan(plan: Plan, checkpoint: Checkpoint, offload_folder: str | os.PathLike[str] | None = None) -> Placement:
@@ -111,21 +124,37 @@ def place_plan(plan: Plan, checkpoint: Checkpoint, offload_folder: str | os.Path
     return Placement(replace(plan, stages=stages), skeleton, offload_folder)
 
 
-def _plan(
-    spec: ModelSpec, workload: Workload, devices: Sequence[Device], offload_folder: str | os.PathLike[str] | None
-) -> Plan:
-    """Over the GPUs if the model fits there, else also on the CPU and then in files."""
+def _plan(spec: ModelSpec, workload: Workload, devices: Sequence[Device], spill: Spill) -> Plan:
+    """Over the GPUs if the model fits there. If not, blocks that fit on none are brought in for every step, or computed
+    on the CPU, whichever is faster by the time model."""
     gpus = [device for device in devices if device.kind == "cuda"][: len(spec.known_layout.blocks)]
+    plans, refusal = [], None
     try:
-        return make_plan(spec, gpus or devices, workload)
-    except PlanError:
-        spill = list(devices)
-        if offload_folder is not None:
-            folder = make_offload_folder(offload_folder)
-            spill.append(Device("disk", f"files in {folder}", shutil.disk_usage(folder).free, None))
-        if len(spill) == len(gpus or devices):
-            raise
-        return fill_in_order(spec, spill, workload, fast=len(gpus or devices))
+        plans.append(make_plan(spec, gpus or devices, workload, spill=spill))
+    except PlanError as error:
+        refusal = error
+    if gpus and len(gpus) < len(devices) and not (plans and not plans[0].is_offloaded):
+        with contextlib.suppress(PlanError):
+            plans.append(fill_in_order(spec, devices, workload, fast=len(gpus)))
+    if not plans:
+        assert refusal is not None
+        raise refusal
+    rows = Rows(decode=workload.sequences, context=workload.context)
+    return min(plans, key=lambda plan: PlanTimes(plan).step(rows).seconds)
+
+
+def _spill(
+    spec: ModelSpec,
+    devices: Sequence[Device],
+    max_memory: Limits | None,
+    offload_folder: str | os.PathLike[str] | None,
+) -> Spill:
+    """What may hold the blocks that no GPU holds: within `max_memory`, which leaves out what it does not name."""
+    hosts = [device for device in devices if device.kind == "cpu"]
+    if not hosts and max_memory is None:
+        hosts = [cpu_device()]
+    folder = None if offload_folder is None else make_offload_folder(offload_folder)
+    return spill_here(spec, sum(device.usable_bytes for device in hosts), folder)
 
 
 def _place_as_told(

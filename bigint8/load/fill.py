@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.headers import Checkpoint
 from ..errors import PlanError
@@ -17,7 +17,9 @@ from .assign import Step, Transfer, side_by_side
 from .convert import store
 from .gpu import GpuWriter
 from .host_memory import HostMemory, MappedFiles, aligned, peak_host_bytes
-from .intake import Intake, OnProgress
+from .intake import Intake, OnProgress, Sink
+from .offload import Offload
+from .pieces import Piece, pieces_of
 from .stream import TORCH_DTYPES, Chunk
 
 
@@ -49,24 +51,35 @@ def fill(
     device_of: Callable[[str], str],
     on_progress: OnProgress | None = None,
     offload_folder: Path | None = None,
+    offload: Offload | None = None,
 ) -> LoadReport:
     """Load the slots, those of the skeleton or of a stage that was cut from it, each onto its device.
 
+    offload_folder: of the files for slots on "disk"; offload: the weights that are kept beside their devices
     Raises CheckpointError for a checkpoint that is wrong, PlanError, with the numbers, for too little memory.
     """
     started = time.perf_counter()
     intake = Intake(checkpoint, skeleton, slots)
     devices = {name: device_of(name) for name in slots}
-    mapped = _map(intake.transfers, devices) if checkpoint.is_int8 else set()
+    here = slots if offload is None else {name: slot for name, slot in slots.items() if name not in offload.names}
+    transfers = [transfer for transfer in intake.transfers if transfer.slot.name in here]
+    mapped = _map(transfers, devices) if checkpoint.is_int8 else set()
     device_bytes: dict[str, int] = {}
     for name, slot in slots.items():
-        device_bytes[devices[name]] = device_bytes.get(devices[name], 0) + slot.nbytes
-    unmapped = {name: slot for name, slot in slots.items() if name not in mapped}
-    pieces = _pieces(unmapped, devices, side_by_side(unmapped, checkpoint.config))
-    _allocate(pieces, device_bytes, offload_folder)
-    read = [t for t in intake.transfers if not (t.slot.name in mapped and t.step in (Step.INT8, Step.COPY))]
+        size = slot.nbytes if name in here else slot.nbytes - slot.data_bytes
+        device_bytes[devices[name]] = device_bytes.get(devices[name], 0) + size
+    unmapped = {name: slot for name, slot in here.items() if name not in mapped}
+    together = side_by_side(slots, checkpoint.config)
+    _allocate(pieces_of(unmapped, devices, together), device_bytes, offload_folder)
     gpus = [device for device in device_bytes if device.startswith("cuda")]
-    reading = intake.run(MemorySink(devices), read, on_progress, device_bytes.get("cpu", 0), len(gpus))
+    there = [t for t in transfers if t.slot.name in mapped and t.step in (Step.INT8, Step.COPY)]
+    sink: Sink = MemorySink(devices)
+    if offload is not None:
+        there += offload.allocate(intake.transfers, devices, together)
+        sink, device_bytes = offload.sink(sink), device_bytes | offload.device_bytes
+    known = {id(transfer) for transfer in there}
+    read = [transfer for transfer in intake.transfers if id(transfer) not in known]
+    reading = intake.run(sink, read, on_progress, device_bytes.get("cpu", 0), len(gpus))
     return LoadReport(
         seconds=time.perf_counter() - started,
         read_seconds=reading.seconds,
@@ -83,7 +96,7 @@ def fill(
 
 def check_planned_bytes(stage: Stage, slots: Mapping[str, Slot]) -> None:
     """Raise PlanError if the slots of a stage take other bytes than were planned: a bug here, told before it hurts."""
-    size = sum(slot.nbytes for slot in slots.values())
+    size = sum(slot.nbytes for slot in slots.values()) - stage.host_bytes - stage.disk_bytes
     if size != stage.weight_bytes:
         raise PlanError(
             f"stage {stage.index} was planned with {stage.weight_bytes:,} bytes of weights, but its modules take "
@@ -148,46 +161,7 @@ def _map(transfers: Sequence[Transfer], devices: Mapping[str, str]) -> set[str]:
     return mapped
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Slots that get one tensor: one slot, or several whose rows lie one after the other."""
-
-    device: str
-    slots: tuple[Slot, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first = self.slots[0].data_shape
-        return first if len(self.slots) == 1 else (sum(slot.data_shape[0] for slot in self.slots), *first[1:])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(slot.data_bytes for slot in self.slots)
-
-    def fill(self, data: Tensor, scale: Tensor | None) -> None:
-        """Give each slot its rows of a tensor of this shape, and of the scales of an int8 one."""
-        if len(self.slots) == 1:
-            self.slots[0].fill(data, scale)
-            return
-        rows = [slot.data_shape[0] for slot in self.slots]
-        scales = [None] * len(rows) if scale is None else scale.split(rows)
-        for slot, own, own_scale in zip(self.slots, data.split(rows), scales, strict=True):
-            slot.fill(own, own_scale)
-
-
-def _pieces(slots: Mapping[str, Slot], devices: Mapping[str, str], together: Sequence[tuple[str, ...]]) -> list[_Piece]:
-    """The slots as they are allocated: those of `together` as one, where they are on one device that is no file."""
-    first = {}
-    for names in together:
-        there = {devices[name] for name in names}
-        if len(there) == 1 and "disk" not in there:
-            first[names[0]] = names
-    later = {name for names in first.values() for name in names[1:]}
-    groups = [first.get(name, (name,)) for name in slots if name not in later]
-    return [_Piece(devices[names[0]], tuple(slots[name] for name in names)) for names in groups]
-
-
-def _allocate(pieces: Sequence[_Piece], device_bytes: Mapping[str, int], offload_folder: Path | None) -> None:
+def _allocate(pieces: Sequence[Piece], device_bytes: Mapping[str, int], offload_folder: Path | None) -> None:
     """All memory at once. Raises PlanError with the numbers if a device or the offload folder has too little."""
     if offload_folder is not None:
         free = shutil.disk_usage(offload_folder).free
@@ -209,7 +183,7 @@ def _allocate(pieces: Sequence[_Piece], device_bytes: Mapping[str, int], offload
         ) from None
 
 
-def _allocate_piece(piece: _Piece, memory: HostMemory | None, file: Path | None) -> None:
+def _allocate_piece(piece: Piece, memory: HostMemory | None, file: Path | None) -> None:
     """Give its slots their memory: on the device, out of a block of the host's, or in a file that is mapped."""
     device, dtype, shape = where(piece.device), piece.slots[0].dtype, piece.shape
     count = torch.Size(shape).numel()
@@ -219,5 +193,4 @@ def _allocate_piece(piece: _Piece, memory: HostMemory | None, file: Path | None)
         data = memory.take(dtype, count).view(shape)
     else:
         data = torch.empty(shape, dtype=dtype, device=device)
-    is_int8 = piece.slots[0].is_int8
-    piece.fill(data, torch.empty(shape[0], dtype=torch.float32, device=device) if is_int8 else None)
+    piece.fill(data, piece.scales(device))

@@ -66,12 +66,13 @@ class MappedFiles:
         if not count:
             return torch.empty(info.shape, dtype=dtype)
         if info.file not in self._maps:
-            self._maps[info.file] = _map_file(info.file)
+            self._maps[info.file] = map_file(info.file)
         data = torch.frombuffer(self._maps[info.file], dtype=dtype, count=count, offset=info.start)
         return data.view(info.shape)
 
 
-def _map_file(file: Path) -> mmap.mmap:
+def map_file(file: Path) -> mmap.mmap:
+    """A whole file in memory. Changes stay in this process. Raises CheckpointError."""
     # Private: nothing is written back to the file. No swap is reserved, since hardly anything is written at all.
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
     try:

@@ -46,11 +46,12 @@ def fuse(block: nn.Module, recipe: Recipe, window: int | None, group: int) -> Fu
         return None if name is None else norm_of(block.get_submodule(name))
 
     out = linear_of(block.get_submodule(recipe.out))
+    there = (out.weight if out.scale is None else out.scale).device  # an offloaded weight is elsewhere
     return FusedBlock(
         attention_norm=norm_of(block.get_submodule(recipe.attention_norm)),
         mlp_norm=norm(recipe.mlp_norm),
         qkv=linears(recipe.qkv),
-        attention=attention_of(recipe, window, group, norm(recipe.q_norm), norm(recipe.k_norm), out.weight.device),
+        attention=attention_of(recipe, window, group, norm(recipe.q_norm), norm(recipe.k_norm), there),
         out=out,
         up=linears(recipe.up),
         down=linear_of(block.get_submodule(recipe.down)),

@@ -1,6 +1,7 @@
 """A stage whose blocks are fused: it runs ragged steps through the operations of its device."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from ..families.layout import Layout, Recipe
 from .fused import FusedBlock, fuse, linear_of, norm_of, run_block
 from .graphs import Graphs, Run, Shape, compile_steps
 from .host_numbers import on_device
+from .offload import Kept, TwoBuffers, buffers_of
 from .program import Program, Rows
 from .ragged import Pools, Room, batch_of, batch_without_attention
 from .rotary import Rotary, refuse_changing_frequencies
@@ -24,8 +26,13 @@ class FusedStage:
     """A loaded stage of a family that has a recipe. See `ragged.RaggedStage` for what it does."""
 
     @torch.no_grad()
-    def __init__(self, stage: StageModel | ModelPart, recipe: Recipe, layout: Layout, room: Room) -> None:
-        """Allocate the keys and values. Raises BigInt8Error for rotary positions that change with the batch."""
+    def __init__(
+        self, stage: StageModel | ModelPart, recipe: Recipe, layout: Layout, room: Room, kept: Kept | None = None
+    ) -> None:
+        """Allocate the keys and values, and the buffers of the blocks in `kept`, which are offloaded.
+
+        Raises BigInt8Error for rotary positions that change with the batch.
+        """
         refuse_changing_frequencies(stage)
         self._stage, self._room = stage, room
         self._rotary = _rotary_of(stage, recipe, room.device)
@@ -34,15 +41,17 @@ class FusedStage:
             for block, index in zip(stage.blocks, stage.indices, strict=True)
         ]
         self._pools = Pools([block.attention for block in blocks], room)
+        offloaded = [i for i, index in enumerate(stage.indices) if index in (kept or {})]
+        self._buffers = buffers_of([(kept or {})[stage.indices[i]] for i in offloaded], room.device)
         self._dtype = torch.float32 if room.device.type == "cpu" else room.dtype
         hidden, width = layout.sizes.hidden, layout.sizes.width or layout.sizes.hidden
-        kept = min(room.head_rows, room.most_rows)
+        most_kept = min(room.head_rows, room.most_rows)
         self._hidden = hidden
-        through = Rows(_through(blocks, self._pools), hidden, room.most_rows, room.device)
+        through = Rows(_through(blocks, self._pools, offloaded, self._buffers), hidden, room.most_rows, room.device)
         self._blocks = _run_of(through)
         self._before = _rows(_before(stage), width, room.most_rows, room.device)
-        self._after = _rows(_after(stage), hidden, kept, room.device)
-        self._head = _rows(_head(stage), width, kept, room.device)
+        self._after = _rows(_after(stage), hidden, most_kept, room.device)
+        self._head = _rows(_head(stage), width, most_kept, room.device)
         self._all_rows = [through, *filter(None, [self._before, self._after, self._head])]
 
     def prepare(self) -> None:
@@ -59,6 +68,8 @@ class FusedStage:
         tables = (self._room.table_pages,) * len(self._room.pages)
         shape = Shape(self._hidden, self._dtype, tables, rotated)
         compile_steps(self._blocks, shape, self._room.device, self._room.most_rows)
+        if self._buffers is not None:  # the host lets blocks come, which no graph does; their bytes take far longer
+            return
         graphs = Graphs(self._blocks, shape, self._room.device)
         graphs.capture()
         self._blocks = graphs
@@ -72,6 +83,11 @@ class FusedStage:
     def row_bytes(self) -> int:
         """Bytes of the memory that it keeps for the rows of a step: on the CPU."""
         return sum(rows.nbytes for rows in self._all_rows)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers through which offloaded blocks come."""
+        return 0 if self._buffers is None else self._buffers.nbytes
 
     @torch.no_grad()
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
@@ -145,11 +161,21 @@ def _run_of(rows: Rows) -> Run:
     return run
 
 
-def _through(blocks: Sequence[FusedBlock], pools: Pools) -> Program:
+def _through(
+    blocks: Sequence[FusedBlock], pools: Pools, offloaded: Sequence[int], buffers: TwoBuffers | None
+) -> Program:
+    """All blocks. Those of `offloaded` compute with weights in the buffers, once these are there."""
+
     def program(ops: Operations, x_TH: Tensor) -> Tensor:
         delta_TH: Tensor | None = None
         for index, block in enumerate(blocks):
-            x_TH, delta_TH = run_block(ops, block, x_TH, delta_TH, pools.of(index))
+            if buffers is None or index not in offloaded:
+                x_TH, delta_TH = run_block(ops, block, x_TH, delta_TH, pools.of(index))
+                continue
+            number = offloaded.index(index)
+            ops.call(partial(buffers.wait, number))
+            x_TH, delta_TH = run_block(ops, buffers.fused(number, block), x_TH, delta_TH, pools.of(index))
+            ops.call(partial(buffers.release, number))
         return x_TH if delta_TH is None else ops.add_norm(x_TH, delta_TH, None)
 
     return program

@@ -67,7 +67,8 @@ class Int8Linear(KeepsItsDtype):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("Int8Linear is for inference: it has no gradient; run it under torch.no_grad()")
-        return int8_linear(x, self.weight, self.scale, self.bias, self.threshold, self.activations)
+        weight = self.weight.to(self.scale.device)  # an offloaded one is in the host's memory
+        return int8_linear(x, weight, self.scale, self.bias, self.threshold, self.activations)
 
     def extra_repr(self) -> str:
         return (

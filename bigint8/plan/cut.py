@@ -13,6 +13,7 @@ from ..errors import PlanError
 from ..options import Workload
 from .devices import Device, pick_dtype
 from .draft import Draft, Objective
+from .offload import Spill, offload_is_not_enough, offload_note
 from .plan import Plan
 from .spec import ModelSpec, check_workload
 from .ways_out import Planner, ways_out
@@ -29,7 +30,11 @@ INT8_HEAD_NOTE = (
 
 
 def make_plan(
-    spec: ModelSpec, devices: Sequence[Device], workload: Workload, objective: Objective = "throughput"
+    spec: ModelSpec,
+    devices: Sequence[Device],
+    workload: Workload,
+    objective: Objective = "throughput",
+    spill: Spill | None = None,
 ) -> Plan:
     """The best plan over some of the devices, or all.
 
@@ -37,6 +42,9 @@ def make_plan(
     becomes int8 if the settings leave it open, and then prompts run in shorter chunks. Raises PlanError, with the
     numbers, when it does not fit, when there are more devices than blocks or when the context is longer than the
     model's.
+
+    spill: what may hold blocks that no device holds. They are offloaded only if nothing else makes the model fit; a
+        note says how many. By default nothing may.
     """
     check_workload(spec, workload)
     blocks = len(spec.known_layout.blocks)
@@ -46,17 +54,25 @@ def make_plan(
         raise PlanError(f"gpus={len(devices)}: {spec.name} has {blocks} blocks; use at most that many devices")
 
     def planner(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan | None:
-        return _best_plan(spec, devices, workload, objective)
+        return _best_plan(spec, devices, workload, objective, spill)
 
     plan = planner(spec, devices, workload)
-    if plan is None:
-        shortest = replace(workload, chunk=min(workload.chunk, *SHORTER_CHUNKS))
-        raise _does_not_fit(spec, devices, workload, _closest(spec, devices, shortest, _dtype(spec, devices)), planner)
-    return plan
+    if plan is not None:
+        return plan
+    shortest = replace(workload, chunk=min(workload.chunk, *SHORTER_CHUNKS))
+    closest = _closest(spec, devices, shortest, _dtype(spec, devices))
+    error = _does_not_fit(spec, devices, workload, closest, planner)
+    if spill is None:
+        raise error
+    raise PlanError(f"{error}. {offload_is_not_enough(closest, spill)}", ways_out=error.ways_out)
 
 
 def _best_plan(
-    spec: ModelSpec, devices: Sequence[Device], workload: Workload, objective: Objective = "throughput"
+    spec: ModelSpec,
+    devices: Sequence[Device],
+    workload: Workload,
+    objective: Objective = "throughput",
+    spill: Spill | None = None,
 ) -> Plan | None:
     """As `make_plan`, but None where the model does not fit."""
     dtype = _dtype(spec, devices)
@@ -64,6 +80,16 @@ def _best_plan(
         plan = Draft(candidate, work, dtype, len(devices)).best_plan(devices, objective, spare)
         if plan is not None:
             return replace(plan, notes=(*notes, *_left_out(devices, plan)))
+    # the same tokens as without: the head becomes int8 only where it has no room
+    smaller = spec.with_int8_head()
+    tries = [(spec, SPARE), (spec, 0.0), (smaller, SPARE), (smaller, 0.0)] if spill is not None else []
+    for offloading, spare in tries:
+        if offloading is None:
+            continue
+        plan = Draft(offloading, workload, dtype, len(devices), spill).best_plan(devices, objective, spare)
+        if plan is not None:
+            notes = () if offloading is spec else (INT8_HEAD_NOTE,)
+            return replace(plan, notes=(*notes, offload_note(plan), *_left_out(devices, plan)))
     return None
 
 

@@ -1,7 +1,7 @@
 """One model in one dtype under one workload, as sizes and times, and the ways to cut it. Over plain data, no torch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from math import ceil, inf
 from typing import Literal
@@ -10,10 +10,12 @@ from ..options import Workload
 from ..units import FLOAT_BYTES
 from .devices import Box, Device
 from .memory import Workspace, kv_bytes, pages, workspace
+from .offload import Spill, keep_beside, offloaded_blocks, streamed_seconds
 from .plan import Plan, Stage
 from .search import TOLERANCE, Boxes, Kind, Pick, Search
 from .spec import ModelSpec
 from .speed import Speed
+from .streaming import StreamingKind
 from .time import Rows, TimeModel, enter_seconds, inside_seconds, network_seconds
 
 Objective = Literal["throughput", "latency"]
@@ -72,7 +74,11 @@ class _Offer:
 class Draft:
     """The sizes of one model in one dtype under one workload, and the ways to cut it."""
 
-    def __init__(self, spec: ModelSpec, workload: Workload, dtype: str, devices: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, workload: Workload, dtype: str, devices: int, spill: Spill | None = None
+    ) -> None:
+        """`spill`: what may hold blocks that no device holds, None to leave offloading out."""
+        self.spill = spill
         self.spec, self.workload, self.dtype = spec, workload, dtype
         self.layout, self._size = spec.known_layout, FLOAT_BYTES[dtype]
         self._devices, self._workspaces = devices, dict[str, Workspace]()
@@ -82,6 +88,7 @@ class Draft:
         self._block_bytes = [
             module.part.weight_bytes(self._size) + kv for module, kv in zip(self.layout.blocks, self._kv, strict=True)
         ]
+        self._able = [module.part.int8_values for module in self.layout.blocks]  # bytes that may be offloaded
         # what the first and the last stage have besides their blocks; a stage may be both
         blocks = len(self.layout.blocks)
         self._front_bytes = self.layout.part(0, 0).weight_bytes(self._size)
@@ -91,6 +98,8 @@ class Draft:
         """The plan with these cuts, whether it fits or not."""
         bounds = zip(devices, cuts[:-1], cuts[1:], strict=True)
         stages = tuple(self.stage(i, device, first, last) for i, (device, first, last) in enumerate(bounds))
+        if self.spill is not None:
+            stages = self._offloaded(stages, self.spill)
         return Plan(self.spec, self.workload, self.dtype, stages, self.pages)
 
     def workspace(self, device: Device) -> int:
@@ -118,11 +127,32 @@ class Draft:
             workspace_bytes=self._workspace(device).of(first, last, len(self.layout.blocks)),
         )
 
+    def _offloaded(self, stages: Sequence[Stage], spill: Spill) -> tuple[Stage, ...]:
+        """The stages with as few blocks as they must offloaded: from GPUs to the host's memory while there is some."""
+        left: dict[Box, list[int]] = {}
+        done = []
+        for stage in stages:
+            box = stage.device.box
+            host, disk = left.setdefault(box, [box.host_bytes or spill.host_bytes, spill.disk_bytes])
+            sizes = self._able[stage.first_block : stage.last_block]
+            chosen = offloaded_blocks(sizes, -stage.headroom_bytes)
+            size = sum(sizes[block] for block in chosen or ())
+            if chosen and stage.device.kind == "cuda" and size <= host:
+                stage = keep_beside(stage, sizes, chosen, "host")
+                left[box][0] -= size
+            elif chosen and size <= disk:
+                stage = keep_beside(stage, sizes, chosen, "disk")
+                left[box][1] -= size
+            done.append(stage)
+        return tuple(done)
+
     def best_plan(self, devices: Sequence[Device], objective: Objective, spare: float) -> Plan | None:
         """The best plan over some of the devices that leaves a share of each free, None if there is none."""
         rows = Rows(decode=ceil(self.workload.sequences / len(devices)), context=self.workload.context)
         offer, times = _Offer(devices), TimeModel(self.layout, self._size)
-        kinds = [self._kind(offer.examples[kind], times, rows, spare) for kind in offer.kinds]
+        kinds: Sequence[Kind] = [self._kind(offer.examples[kind], times, rows, spare) for kind in offer.kinds]
+        if self.spill is not None:
+            kinds = self._streaming(kinds, [offer.examples[kind] for kind in offer.kinds], devices)
         search = Search(kinds, offer.boxes(times.hop_bytes(rows)))
         found = search.fastest_stages() if objective == "throughput" else search.shortest_way()
         if found is None:
@@ -133,8 +163,12 @@ class Draft:
         if objective == "throughput":
             most = seconds * (1 + TOLERANCE)
             costs = [kinds[pick.kind] for pick in picks]
-            cuts = self.emptiest_cut(order, lambda i, first, last: costs[i].stage_seconds(first, last) <= most)
-        return Draft(self.spec, self.workload, self.dtype, len(order)).plan(cuts, order)
+            cuts = self.emptiest_cut(
+                order,
+                lambda i, first, last: costs[i].fits(first, last) and costs[i].stage_seconds(first, last) <= most,
+            )
+        plan = Draft(self.spec, self.workload, self.dtype, len(order), self.spill).plan(cuts, order)
+        return plan if self.spill is None or all(stage.headroom_bytes >= 0 for stage in plan.stages) else None
 
     def _kind(self, device: Device, times: TimeModel, rows: Rows, spare: float) -> Kind:
         """A device as costs."""
@@ -151,6 +185,25 @@ class Draft:
             enter=hop,
             leave=hop,
         )
+
+    def _streaming(
+        self, kinds: Sequence[Kind], examples: Sequence[Device], devices: Sequence[Device]
+    ) -> list[StreamingKind]:
+        """The same costs where blocks that do not fit are brought in: from the host's memory if all of them find room
+        there, else from the disk, which the devices of a box share."""
+        assert self.spill is not None
+        missing = sum(self._block_bytes) + self._front_bytes + self._back_bytes
+        missing -= sum(max(0, device.usable_bytes - self.workspace(device)) for device in devices)
+        hosts = {device.box: device.box.host_bytes or self.spill.host_bytes for device in devices}
+        found = []
+        for kind, device in zip(kinds, examples, strict=True):
+            sharing = sum(other.box == device.box for other in devices)
+            in_host = device.kind == "cuda" and sum(hosts.values()) >= missing
+            second = streamed_seconds(device, float(in_host), float(not in_host), sharing)
+            overlaps = device.kind == "cuda"
+            costs = {field.name: getattr(kind, field.name) for field in fields(kind)}
+            found.append(StreamingKind(**costs, able=tuple(self._able), second_per_byte=second, overlaps=overlaps))
+        return found
 
     def emptiest_cut(
         self, devices: Sequence[Device], allowed: Callable[[int, int, int], bool] = lambda *_: True

@@ -14,7 +14,8 @@ MOST_SIGNS = 32
 
 def memory_parts(stage: Stage) -> dict[str, int]:
     """What the memory of a stage's device is for, in bytes, by the names of `PARTS`."""
-    sizes = (stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes, reserved_bytes(stage.device))
+    workspace = stage.workspace_bytes + stage.buffer_bytes
+    sizes = (stage.weight_bytes, stage.kv_bytes, workspace, reserved_bytes(stage.device))
     return dict(zip(PARTS, (*sizes, max(0, stage.headroom_bytes)), strict=True))
 
 

@@ -18,6 +18,9 @@ class Stage:
 
     It has blocks [first_block, last_block). `workspace_bytes` is what running takes besides, or loading if that
     is more: on the CPU measured (`benchmarks/memory.py --families`), on a GPU computed. The rest is exact.
+
+    Blocks of `host_blocks` and `disk_blocks` are offloaded: their int8 weights, `host_bytes` and `disk_bytes`, are in
+    the host's memory or in a file, and come through two buffers, together `buffer_bytes`. `weight_bytes` are the rest.
     """
 
     index: int
@@ -28,11 +31,21 @@ class Stage:
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    host_blocks: tuple[int, ...] = ()
+    disk_blocks: tuple[int, ...] = ()
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    buffer_bytes: int = 0
+
+    @property
+    def needed_bytes(self) -> int:
+        """What it takes of its device."""
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes + self.buffer_bytes
 
     @property
     def headroom_bytes(self) -> int:
         """What stays free; negative when the stage does not fit."""
-        return self.device.usable_bytes - self.weight_bytes - self.kv_bytes - self.workspace_bytes
+        return self.device.usable_bytes - self.needed_bytes
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,11 @@ class Plan:
     stages: tuple[Stage, ...]
     pages: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some of its blocks live beside their device."""
+        return any(stage.buffer_bytes for stage in self.stages)
 
     def device_map(self) -> dict[str, str]:
         """The device of each module, as transformers takes it for `device_map=`.

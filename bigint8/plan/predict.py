@@ -5,6 +5,7 @@ from math import ceil
 
 from ..options import SHORT_PROMPT
 from ..units import FLOAT_BYTES
+from .offload import step_seconds, streamed_seconds
 from .plan import Plan, Stage
 from .time import DRIVER_SECONDS, Rows, TimeModel, Work, hop_seconds
 
@@ -98,6 +99,7 @@ class PlanTimes:
         ]
         self.head_stage = 0 if plan.spec.tied else len(plan.stages) - 1
         self.head = self.model.head_cost(plan.stages[self.head_stage].device.speed)
+        self.streaming = [self._streaming(stage) for stage in plan.stages]
         self.is_ring = plan.spec.tied and len(plan.stages) > 1
         """Whether the rows that the head takes go from the last stage back to the first."""
 
@@ -119,12 +121,18 @@ class PlanTimes:
         return StepTimes(stages, (*hops, self.hop_seconds(len(stages) - 1, work.kept) + DRIVER_SECONDS))
 
     def stage_seconds(self, stage: Stage, rows: Rows) -> float:
-        """Of one stage: its blocks, and the head where it has it."""
+        """Of one stage: its blocks, those that are brought in too, and the head where it has it."""
         return self._stage_seconds(stage.index, self.model.work(rows))
 
     def _stage_seconds(self, index: int, work: Work) -> float:
         seconds = self.blocks[index].seconds(work)
-        return seconds + (self.head.seconds(work.head) if index == self.head_stage else 0.0)
+        seconds += self.head.seconds(work.head) if index == self.head_stage else 0.0
+        return step_seconds(self.plan.stages[index].device, seconds, self.streaming[index])
+
+    def _streaming(self, stage: Stage) -> float:
+        """To bring in what is offloaded, once a step; devices of a box share its disk."""
+        sharing = sum(other.device.box == stage.device.box and other.disk_bytes > 0 for other in self.plan.stages)
+        return streamed_seconds(stage.device, stage.host_bytes, stage.disk_bytes, max(1, sharing))
 
     def hop_seconds(self, index: int, rows: int) -> float:
         """Of so many rows from a stage to the next; from the last one to a head in the first, if there is one."""

@@ -18,6 +18,7 @@ from ..families.layout import Family
 from ..families.table import find_family
 from ..load.fill import where
 from ..model.fused_stage import FusedStage
+from ..model.offload import Kept
 from ..model.stage import ModelPart
 from ..model.step import Result, Step
 from ..plan.plan import DeviceMap, Plan
@@ -66,14 +67,19 @@ def _stages(model: Any, family: Family, plan: Plan) -> list[tuple[FusedStage, bo
     runs = [i for i in range(count) if i == 0 or there[i] != there[i - 1]]
     bounds = list(zip(runs, [*runs[1:], count], strict=True))
     parts = [(ModelPart(model, family, first, last), there[first]) for first, last in bounds]
+    kept: Kept = getattr(model, "kept", {})
+    elsewhere = {extent.data.untyped_storage().data_ptr() for block in kept.values() for extent in block.extents}
     for part, device in parts:
-        if any(tensor.device != torch.device(device) for tensor in part.tensors()):
+        strange = (tensor for tensor in part.tensors() if tensor.device != torch.device(device))
+        if any(tensor.untyped_storage().data_ptr() not in elsewhere for tensor in strange):
             return None
     recipe, layout = family.recipe(plan.spec.config), plan.spec.known_layout
     if recipe is None:
         return None
     try:
-        return [(FusedStage(part, recipe, layout, room_of(plan, device)), part.has_head) for part, device in parts]
+        return [
+            (FusedStage(part, recipe, layout, room_of(plan, device), kept), part.has_head) for part, device in parts
+        ]
     except BigInt8Error:  # rotary positions that change with the batch
         return None
 
@@ -177,7 +183,7 @@ def _paged_class(kind: Any) -> Any:
         return None
 
     def getstate(self: Any) -> dict[str, Any]:
-        return {**self.__dict__, "engine": None, "_known": None}  # a copy runs through its own modules
+        return {**self.__dict__, "engine": None, "_known": None, "kept": {}}  # a copy runs through its own modules
 
     members = {
         "forward": forward,

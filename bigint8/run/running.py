@@ -15,6 +15,7 @@ from ..families.table import family_of
 from ..load.device_map import prepare_kernels
 from ..load.fill import check_planned_bytes, fill, move_buffers
 from ..load.intake import OnProgress
+from ..load.offload import offload_of
 from ..model.open_stage import open_stage
 from ..model.ragged import RaggedStage, Room
 from ..model.skeleton import Skeleton, skeleton_of
@@ -42,12 +43,14 @@ class RunningStage:
         planned = plan.stages[index]
         stage = StageModel(skeleton, family, planned.modules)
         check_planned_bytes(planned, stage.slots)
-        self.report = fill(checkpoint, skeleton, stage.slots, lambda name: device, on_progress)
+        offload = offload_of([planned], stage.slots, family)
+        self.report = fill(checkpoint, skeleton, stage.slots, lambda name: device, on_progress, None, offload)
         if stage.has_head:
             skeleton.tie()
         move_buffers(stage, lambda name: device)
         prepare_kernels(stage, plan.workload.most_rows)
-        self._stage = open_stage(stage.eval(), plan.spec, room_of(plan, device))
+        kept = None if offload is None else offload.kept
+        self._stage = open_stage(stage.eval(), plan.spec, room_of(plan, device), kept)
         self._stage.prepare()
 
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from ..model.step import Result, Step
+from ..plan.offload import step_seconds
 from ..plan.predict import PlanTimes
 from ..plan.time import DRIVER_SECONDS, Work
 from .clock import Clock
@@ -151,7 +152,7 @@ class SimulatedStages:
         seconds = way.kind_seconds[self._kind_of[stage]]
         if way.work.kept and stage == self._times.head_stage and not self._times.is_ring:
             seconds += self._times.head.seconds(way.work.head)
-        return seconds
+        return step_seconds(self._times.plan.stages[stage].device, seconds, self._times.streaming[stage])
 
     def _compute(self, way: _Way, stage: int, start: float, seconds: float) -> float:
         """The stage computes from then on; until when."""

@@ -12,7 +12,7 @@ call for all blocks. Where rows belong to prompts, int8 layers compute these bet
 Each row's result is the same bits whatever the other rows are, and on any number of threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import addressof
 from dataclasses import replace
 
@@ -51,7 +51,8 @@ class CpuStep:
         self._program = Program(threads)
         self._rows, self._tables = Rows(), list[Table]()
         self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
-        self._prompts: list[tuple[int, bool, Prompt]] = []
+        # what runs between native calls: after which groups, whether at every run, and what, on rows from first to last
+        self._between: list[tuple[int, bool, Callable[[int, int], None]]] = []
         self._kept: list[Tensor] = []
         self._columns = torch.empty(2, COLUMN_BYTES, dtype=torch.int8)
         self._rotated = 0
@@ -164,7 +165,7 @@ class CpuStep:
                     prompt.add(layer, y_TN[:, first:last])
                 first = last
             if len(prompt):
-                self._prompts.append((len(self._program), always, prompt))
+                self._between.append((len(self._program), always, prompt))
 
     def attend(self, qkv_TN: Tensor, attention: Attention, pool: Tensor) -> Tensor:
         """See `step.Operations`. Raises ValueError and TypeError for a pool that does not fit."""
@@ -229,6 +230,10 @@ class CpuStep:
         self._program.add([(cpu_rows.activate, work, self._program.threads)])
         return y_TF
 
+    def call(self, function: Callable[[], None]) -> None:
+        """See `step.Operations`."""
+        self._between.append((len(self._program), True, lambda first, last: function()))
+
     # --- addresses ---
 
     def _results(self, chunks: int) -> int:
@@ -292,10 +297,10 @@ class CpuStep:
             raise ValueError(f"{few} of {rows} rows for a step of at most {self.most_rows}")
         self._rows.rows, self._rows.few, start = rows, few, 0
         alone = self._may_run_alone and rows * self._weights < cpu_threads.PARALLEL_VALUES
-        for end, always, prompt in self._prompts:
+        for end, always, run in self._between:
             if always or few < rows:
                 if end > start:
                     self._program.run(start, end, alone)
-                prompt(0 if always else few, rows)
+                run(0 if always else few, rows)
                 start = end
         self._program.run(start, alone=alone)

@@ -210,6 +210,9 @@ class GpuOperations:
     def activate(self, x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
         return cast(Tensor, torch.ops.bigint8.activate(x_TN, activation, gated))
 
+    def call(self, function: Callable[[], None]) -> None:
+        function()
+
 
 def _float_linear(x_TK: Tensor, layer: Linear) -> Tensor:
     """torch's product; where X and W are of different dtypes, in float32."""

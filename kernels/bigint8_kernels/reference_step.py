@@ -3,7 +3,7 @@
 It also serves devices that have nothing faster. Dimensions as in `step`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -139,3 +139,6 @@ class ReferenceOperations:
 
     def activate(self, x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
         return activate(x_TN, activation, gated)
+
+    def call(self, function: Callable[[], None]) -> None:
+        function()

@@ -7,7 +7,7 @@ Dimensions: T rows (tokens), S sequences, H the residual stream, K inputs and N 
 head, R values of a head that are rotated, P pages of a table, F the feed-forward part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -121,3 +121,9 @@ class Operations(Protocol):
 
     def activate(self, x_TN: Tensor, activation: Activation, gated: bool) -> Tensor:
         """activation(x); where gated, activation(first half of a row) * second half: (T, F)."""
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function of the host each time the step comes to this point: between what stands before and after.
+
+        On a GPU that is when the operations before are launched, not when they are done.
+        """
