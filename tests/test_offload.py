@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from bigint8 import BigInt8Error, Int8Config, PlanError, Workload, load_sharded_int8, open_pipeline
 from bigint8.load import device_map
 from bigint8.model import offload
+from bigint8.options import PREFILL_CHUNK
 from bigint8.plan.cut import make_plan
 from bigint8.plan.offload import Spill
 from bigint8.plan.plan import Stage
@@ -31,6 +32,12 @@ from bigint8.units import MIB
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
 LONG = torch.arange(1, 91).view(1, -1)  # more rows than stay 16-bit: its activations are int8
+
+
+@pytest.fixture(autouse=True)
+def no_shorter_chunks(monkeypatch):
+    """These models are so small that a shorter chunk of a prompt would save more than some blocks."""
+    monkeypatch.setattr("bigint8.plan.cut.SHORTER_CHUNKS", (PREFILL_CHUNK,))
 
 
 def load(folder, saving=None, **settings):
