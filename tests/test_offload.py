@@ -14,6 +14,7 @@ import torch
 from pretend import pretending
 from pretend_cuda import Event, PretendCuda, Stream, install
 from ragged import Stages, texts
+from rich.console import Console
 from safetensors.torch import save_file
 from test_workers import WORK, AsOneStage
 from tiny import SIZES, save_tiny, tiny_config, tiny_model
@@ -28,6 +29,7 @@ from bigint8.plan.offload import Spill
 from bigint8.plan.plan import Stage
 from bigint8.run.stages import LocalStages
 from bigint8.session import find_model, quantize
+from bigint8.terminal.tables import print_plan
 from bigint8.units import MIB
 
 PROMPT = torch.tensor([[5, 17, 99, 3, 42, 7]])
@@ -107,7 +109,7 @@ def test_two_workers_that_offload_give_the_tokens_of_two_that_do_not(pipeline, k
     assert ours == tokens and torch.equal(our_logits, logits)
 
 
-def test_a_pipeline_of_one_device_that_is_too_small_offloads_without_a_flag(tmp_path, monkeypatch):
+def test_a_pipeline_of_one_device_that_is_too_small_offloads_without_a_flag(tmp_path, monkeypatch, capsys):
     save_tiny("llama", True, tmp_path)
     workload = Workload(context=128)
     with open_pipeline(tmp_path, workload=workload, progress=False) as pipe:
@@ -117,6 +119,9 @@ def test_a_pipeline_of_one_device_that_is_too_small_offloads_without_a_flag(tmp_
     with open_pipeline(tmp_path, config=Int8Config(int8_head=False), workload=workload, progress=False) as pipe:
         found = pipe.generate([PROMPT[0].tolist()], max_new_tokens=12, do_sample=False)
         assert pipe.plan.is_offloaded and found == expected
+        print_plan(Console(width=200), pipe.plan)
+    shown = capsys.readouterr().out
+    assert "elsewhere" in shown and "Note: offloaded as int8, of 5 blocks" in shown
 
 
 # --- limits --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from bigint8.load import device_map
 from bigint8.options import Int8Config, Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import Box, Device, preset_gpus
+from bigint8.plan.draft import Draft
 from bigint8.plan.offload import Spill, offloaded_blocks
 from bigint8.plan.predict import PlanTimes
 from bigint8.plan.search import Kind, Search
@@ -162,3 +163,22 @@ def test_the_cpu_computes_what_the_gpu_has_no_room_for_where_that_is_faster_than
     assert [stage.device.kind for stage in slow.stages] == ["cuda", "cpu"] and not slow.is_offloaded
     fast = device_map._plan(spec, work, on_a_bus(1e11), MUCH)
     assert [stage.device.kind for stage in fast.stages] == ["cuda"] and fast.is_offloaded
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_plan_is_found_wherever_one_of_two_stages_has_room(seed):
+    """By trying every cut in both orders, and each device alone."""
+    chance = random.Random(seed)
+    count = chance.randint(2, 8)
+    spec = spec_with([100_000_000] * count)
+    draft = Draft(spec, SHORT, "float16", 2, MUCH)
+    room = [draft.workspace(device) + chance.randint(50, 400) * 1_000_000 for device in devices_with([0, 0])]
+    devices = [replace(device, usable_bytes=size) for device, size in zip(devices_with([0, 0]), room, strict=True)]
+    ways = [([0, cut, count], order) for cut in range(1, count) for order in (devices, devices[::-1])]
+    ways += [([0, count], [device]) for device in devices]
+    fitting = [all(stage.headroom_bytes >= 0 for stage in draft.plan(cuts, order).stages) for cuts, order in ways]
+    if any(fitting):
+        assert all(stage.headroom_bytes >= 0 for stage in make_plan(spec, devices, SHORT, spill=MUCH).stages)
+    else:
+        with pytest.raises(PlanError, match="two buffers of a block each"):
+            make_plan(spec, devices, SHORT, spill=MUCH)

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 SHOWN_NAMES = 5
 
+ELSEWHERE = ("host", "disk")
+"""Where offloaded weights are, as a load's report has it beside devices."""
+
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """The plan as a table: for each stage its device, blocks and GiB of weights, cache, workspace and head room."""
+    """The plan as a table: for each stage its device, blocks and GiB of weights, cache, workspace and head room.
+
+    Where blocks are offloaded, also of what is elsewhere, and of the buffers through which it comes.
+    """
     work = plan.workload
     table = new_table(
         f"{plan.spec.name}: int8, the rest {plan.dtype}; context {work.context}, batch {work.sequences}; sizes in GiB"
@@ -25,7 +31,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     table.add_column("stage", justify="right")
     table.add_column("device", no_wrap=True)
     table.add_column("blocks", justify="right")
-    for column in ("weights", "KV cache", "workspace", "head room", "usable"):
+    elsewhere = ("elsewhere", "buffers") if plan.is_offloaded else ()
+    for column in ("weights", "KV cache", "workspace", "head room", "usable", *elsewhere):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in plan.stages:
         sizes = (
@@ -34,6 +41,7 @@ def print_plan(console: Console, plan: Plan) -> None:
             stage.workspace_bytes,
             stage.headroom_bytes,
             stage.device.usable_bytes,
+            *((stage.host_bytes + stage.disk_bytes, stage.buffer_bytes) if plan.is_offloaded else ()),
         )
         table.add_row(
             str(stage.index),
@@ -43,7 +51,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         )
     console.print(table)
     models = sorted({stage.device.model for stage in plan.stages})
-    total = sum(stage.weight_bytes for stage in plan.stages)
+    total = sum(stage.weight_bytes + stage.host_bytes + stage.disk_bytes for stage in plan.stages)
     console.print(
         f"{len(plan.stages)} x {', '.join(models)}; {total / GIB:.2f} GiB of weights. Weights and KV cache are exact, "
         "the workspace is an estimate.",
@@ -64,7 +72,7 @@ def print_summary(console: Console, plan: Plan, reports: Sequence["LoadReport"],
             decimal(report.bytes_read),
             f"{report.read_seconds:.2f}",
             speed(report.bytes_read, report.read_seconds),
-            f"{sum(report.device_bytes.values()) / GIB:.3f}",
+            f"{sum(size for device, size in report.device_bytes.items() if device not in ELSEWHERE) / GIB:.3f}",
             f"{report.peak_host_bytes / GIB:.2f}",
             f"{report.peak_device_bytes / GIB:.2f}" if report.peak_device_bytes else "-",
         )
