@@ -169,16 +169,18 @@ def test_memory_that_would_do_is_exact():
     assert fits(spec, [less], Workload()) is None
 
 
-def test_host_memory_is_compared_with_what_the_gpus_leave_over():
+def test_blocks_in_host_memory_are_a_way_out_where_the_box_has_enough_of_it():
     def with_host(size: int) -> list[Device]:
         return [replace(gpu, box=replace(gpu.box, host_bytes=size)) for gpu in preset_gpus("rtx-3090", 2)]
 
     spec = preset("opt-66b")
-    assert refused(spec, with_host(0), Workload()).host is None
-    rich, poor = (refused(spec, with_host(size), Workload()).host for size in (64 * 2**30, 2**30))
-    assert rich.holds and not poor.holds and rich.rest_bytes == poor.rest_bytes
-    blocks = rich.rest_bytes / spec.known_layout.blocks[5].part.weight_bytes(2)
-    assert 0 < rich.blocks < 64 and rich.blocks < blocks < 1.1 * rich.blocks, "with keys and values"
+    assert refused(spec, with_host(0), Workload()).way("offload") is None
+    assert refused(spec, with_host(2**30), Workload()).way("offload") is None
+    way = refused(spec, with_host(64 * 2**30), Workload()).way("offload")
+    blocks = [block for stage in way.plan.stages for block in stage.host_blocks]
+    assert f"{len(blocks)} blocks (" in way.text and 0 < len(blocks) < 64
+    assert all(stage.headroom_bytes >= 0 for stage in way.plan.stages)
+    assert sum(stage.host_bytes for stage in way.plan.stages) <= 64 * 2**30
 
 
 def test_an_error_travels_between_processes_with_its_ways_out():

@@ -61,10 +61,13 @@ def make_plan(
         return plan
     shortest = replace(workload, chunk=min(workload.chunk, *SHORTER_CHUNKS))
     closest = _closest(spec, devices, shortest, _dtype(spec, devices))
-    error = _does_not_fit(spec, devices, workload, closest, planner)
-    if spill is None:
-        raise error
-    raise PlanError(f"{error}. {offload_is_not_enough(closest, spill)}", ways_out=error.ways_out)
+
+    def offloading(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan | None:
+        return _best_plan(spec, devices, workload, objective, Spill())
+
+    found = ways_out(spec, devices, workload, closest, planner, offloading if spill is None else None)
+    not_enough = "" if spill is None else f". {offload_is_not_enough(closest, spill)}"
+    raise PlanError(f"{found}{not_enough}", ways_out=found)
 
 
 def _best_plan(

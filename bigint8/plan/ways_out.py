@@ -24,13 +24,10 @@ SHORTEST_CONTEXT = 64
 SHORTEST_CHUNK = 16
 """Tokens of a prompt that run at once, at least: below, a prompt takes as many steps as its answer."""
 
-OFFLOAD_BUFFERS = 2
-"""Blocks of which a device would hold the weights for a time, if they lay in host memory."""
-
 Planner = Callable[[ModelSpec, Sequence[Device], Workload], Plan | None]
 """Makes the plan of a model over some devices, None if it does not fit."""
 
-Change = Literal["head", "chunk", "context", "sequences", "devices", "memory"]
+Change = Literal["head", "chunk", "context", "sequences", "devices", "memory", "offload"]
 
 
 @dataclass(frozen=True)
@@ -44,35 +41,18 @@ class Way:
 
 
 @dataclass(frozen=True)
-class HostMemory:
-    """The blocks that no device holds, while each keeps room for two of them that are brought in, and what their
-    weights, keys and values take; `there_bytes` of host memory may be taken. Computed, not planned."""
-
-    blocks: int
-    rest_bytes: int
-    there_bytes: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether the rest has room there."""
-        return self.rest_bytes <= self.there_bytes
-
-
-@dataclass(frozen=True)
 class WaysOut:
     """Why a model does not fit, and what would help.
 
     workload: what was asked for
     closest: the cut over all devices, in their order, that comes nearest to fitting, with all that the planner changes
         when it must: an int8 head, shorter chunks; at least one of its stages lacks memory
-    host: what would lie in host memory, None without GPUs or where nothing is known of their boxes' memory
     plans: how many plans were made for this
     """
 
     workload: Workload
     closest: Plan
     ways: tuple[Way, ...]
-    host: HostMemory | None
     plans: int
 
     @property
@@ -115,12 +95,20 @@ def used_bytes(stage: Stage) -> int:
 
 
 def ways_out(
-    spec: ModelSpec, devices: Sequence[Device], workload: Workload, closest: Plan, planner: Planner
+    spec: ModelSpec,
+    devices: Sequence[Device],
+    workload: Workload,
+    closest: Plan,
+    planner: Planner,
+    offloading: Planner | None = None,
 ) -> WaysOut:
-    """Try what would help. `closest` is the plan that does not fit; all else is as it was asked for."""
+    """Try what would help. `closest` is the plan that does not fit; all else is as it was asked for.
+
+    offloading: makes plans with blocks in the host's memory, None where `planner` does
+    """
     tries = _Tries(spec, devices, workload, closest, planner)
-    ways = tuple(tries.ways())
-    return WaysOut(workload, closest, ways, _host_memory(closest, devices), tries.plans)
+    ways = (*tries.ways(), *([] if offloading is None else tries.offload(offloading)))
+    return WaysOut(workload, closest, ways, tries.plans)
 
 
 class _Tries:
@@ -138,6 +126,17 @@ class _Tries:
         for find in (self._int8_head, self._chunk, self._context, self._sequences, self._devices, self._memory):
             for change, text, plan in find():
                 yield Way(change, text, plan, predict(plan))
+
+    def offload(self, offloading: Planner) -> Iterator[Way]:
+        """Blocks that no device holds in the host's memory, where the boxes say how much of it they may take."""
+        if not any(device.box.host_bytes for device in self.devices):
+            return
+        self.plans += 1
+        plan = offloading(self.spec, self.devices, self.work)
+        if plan is not None:
+            blocks, size = sum(len(s.host_blocks) for s in plan.stages), sum(s.host_bytes for s in plan.stages)
+            text = f"{blocks} blocks ({readable(size)}) in the host's memory, brought in at every step"
+            yield Way("offload", text, plan, predict(plan))
 
     def _plan(self, workload: Workload, devices: Sequence[Device] | None = None) -> Plan | None:
         self.plans += 1
@@ -267,25 +266,3 @@ def more_devices(devices: Sequence[Device], device: Device, number: int) -> list
     new = [replace(device, name=f"{device.kind}:{max(numbers) + 1 + i}") for i in range(number)]
     last = max(i for i, d in enumerate(devices) if (d.model, d.usable_bytes) == (device.model, device.usable_bytes))
     return [*devices[: last + 1], *new, *devices[last + 1 :]]
-
-
-def _host_memory(closest: Plan, devices: Sequence[Device]) -> HostMemory | None:
-    """What GPUs in their order leave over for the host's memory.
-
-    This is no plan: it says whether there is room, not how fast it would be.
-    """
-    gpus = [device for device in devices if device.kind == "cuda"]
-    there = sum(box.host_bytes for box in {device.box for device in gpus})
-    if not there:
-        return None
-    layout = closest.spec.known_layout
-    draft = Draft(closest.spec, closest.workload, closest.dtype, len(gpus))
-    blocks, at = len(layout.blocks), 0
-    sizes = [draft.stage(0, gpus[0], block, block + 1) for block in range(blocks)]
-    buffers = OFFLOAD_BUFFERS * max(stage.weight_bytes for stage in sizes[1:-1] or sizes)
-    for device in gpus:
-        first = at
-        while at < blocks and draft.stage(0, device, first, at + 1).headroom_bytes >= buffers:
-            at += 1
-    rest = sum(stage.weight_bytes + stage.kv_bytes for stage in sizes[at:])
-    return HostMemory(blocks - at, rest, there)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from ..plan.ways_out import HostMemory, WaysOut, used_bytes
+from ..plan.ways_out import WaysOut, used_bytes
 from ..units import GIB
 from .tables import new_table
 
@@ -17,8 +17,6 @@ def print_ways_out(console: Console, found: WaysOut, worded: Callable[[str], str
     _print_closest(console, found)
     if found.ways:
         _print_ways(console, found, worded)
-    if found.host is not None:
-        console.print(_host_line(found.host), soft_wrap=True)
 
 
 def _print_closest(console: Console, found: WaysOut) -> None:
@@ -62,15 +60,6 @@ def _print_ways(console: Console, found: WaysOut, worded: Callable[[str], str]) 
         f"tokens/s: of all sequences at full context; prompt: until the first token of one of {prompts[-1]} tokens"
         f"{f' ({prompts[0]} where chunks or contexts are shorter)' if len(prompts) > 1 else ''}.",
         soft_wrap=True,
-    )
-
-
-def _host_line(host: HostMemory) -> str:
-    (rest, there) = _gib(host.rest_bytes, host.there_bytes)
-    holds = "has room for" if host.holds else "is too little for"
-    return (
-        f"Host memory, {there} GiB that weights may take, {holds} the {host.blocks} blocks ({rest} GiB) that the GPUs "
-        "do not hold. That is computed, not planned."
     )
 
 
