@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from bigint8_kernels import generic, reference
+from bigint8_kernels import cpu_prompt, cpu_scores, cpu_step, generic, reference
 
-from bigint8.model import graphs
+from bigint8.model import graphs, rotary
 from bigint8.options import Activations
+from bigint8.plan import memory
 from bigint8.plan.memory import GRAPH_ROWS, KERNEL_BYTES
+from bigint8.run import buffers
 
 ROOT = Path(__file__).parent.parent
 LIBRARY, KERNELS = ROOT / "bigint8", ROOT / "kernels" / "bigint8_kernels"
@@ -175,6 +177,14 @@ def test_the_options_name_the_activations_that_the_kernels_know():
 
 def test_a_plan_leaves_room_for_the_slice_that_a_product_in_plain_torch_takes():
     assert KERNEL_BYTES == generic.SLICE_BYTES
+
+
+def test_a_plan_counts_memory_on_the_cpu_in_the_sizes_that_kernels_have():
+    assert (memory.CACHE_LINE, memory.ACTIVATION_BLOCK) == (cpu_step.ALIGNMENT, reference.BLOCK)
+    assert (memory.ATTENTION_CHUNK, memory.RESULT_BYTES) == (cpu_scores.CHUNK, 4 * cpu_scores.RESULTS)
+    assert (memory.TILE, memory.SPLIT_TILES_A_THREAD) == (cpu_scores.TILE, cpu_step.SPLIT_TILES_A_THREAD)
+    assert (memory.COLUMN_BYTES, memory.POSITIONS) == (2 * cpu_prompt.COLUMN_BYTES, rotary.POSITIONS)
+    assert memory.SPARE_BUFFERS == buffers.MOST_SPARE
 
 
 def test_a_plan_leaves_room_for_the_largest_step_that_a_gpu_captures():

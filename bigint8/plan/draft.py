@@ -103,8 +103,8 @@ class Draft:
         return Plan(self.spec, self.workload, self.dtype, stages, self.pages)
 
     def workspace(self, device: Device) -> int:
-        """Bytes that any stage on the device needs besides; its blocks, and what it has at its ends, take more."""
-        return self._workspace(device).anywhere_bytes
+        """Bytes that a stage on the device needs besides; its blocks take more, and what it has at its ends."""
+        return self._workspace(device).inner_bytes
 
     def _workspace(self, device: Device) -> Workspace:
         """On the CPU activations are float32."""
@@ -177,7 +177,7 @@ class Draft:
         return Kind(
             seconds=tuple(times.block_seconds(block, device.speed, rows) for block in range(len(self.layout.blocks))),
             bytes=tuple(size + room.block_bytes for size in self._block_bytes),
-            capacity=int(device.usable_bytes * (1 - spare)) - room.anywhere_bytes,
+            capacity=int(device.usable_bytes * (1 - spare)) - room.inner_bytes,
             front=head if self.layout.tied else 0.0,
             back=0.0 if self.layout.tied else head,
             front_bytes=self._front_bytes + room.front_bytes,

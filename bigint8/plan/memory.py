@@ -76,36 +76,42 @@ class Workspace:
     """What a stage takes of its device besides weights, keys and values, in bytes, each by what it is for.
 
     anywhere: of any stage; block: of each of its blocks besides; front, back: of the stage with the first block, and of
-    that with the last one
+    that with the last one; received, sent: of all stages but the first, and of all but the last
+    loading: while its weights are read, which comes before all that is `anywhere`
     """
 
     anywhere: Mapping[str, int]
     block: Mapping[str, int] = field(default_factory=dict)
     front: Mapping[str, int] = field(default_factory=dict)
     back: Mapping[str, int] = field(default_factory=dict)
+    received: int = 0
+    sent: int = 0
     loading: int = 0
 
     @property
-    def anywhere_bytes(self) -> int:
-        """Loading comes before running."""
-        return max(self.loading, sum(self.anywhere.values()))
+    def inner_bytes(self) -> int:
+        """Of a stage that is neither the first nor the last, without its blocks."""
+        return max(self.loading, sum(self.anywhere.values())) + self.received + self.sent
 
     @property
     def block_bytes(self) -> int:
+        """Of each block."""
         return sum(self.block.values())
 
     @property
     def front_bytes(self) -> int:
-        return sum(self.front.values())
+        """By how much the first stage needs more than an inner one: it may be less."""
+        return sum(self.front.values()) - self.received
 
     @property
     def back_bytes(self) -> int:
-        return sum(self.back.values())
+        """By how much the last stage needs more than an inner one: it may be less."""
+        return sum(self.back.values()) - self.sent
 
     def of(self, first: int, last: int, blocks: int) -> int:
         """Bytes of the stage with blocks [first, last) of so many."""
         ends = (self.front_bytes if first == 0 else 0) + (self.back_bytes if last == blocks else 0)
-        return self.anywhere_bytes + (last - first) * self.block_bytes + ends
+        return self.inner_bytes + (last - first) * self.block_bytes + ends
 
 
 def workspace_bytes(layout: Layout, workload: Workload, dtype_bytes: int, on_cpu: bool = False) -> int:
@@ -189,9 +195,6 @@ def _cpu_workspace(layout: Layout, workload: Workload, dtype_bytes: int, stages:
     else:
         anywhere |= {"modules of transformers": rows * _module_row_bytes(sizes, dtype_bytes)}
     anywhere |= {"packed weights": _packed_bytes(layout, workload), "outlier columns": COLUMN_BYTES}
-    if stages > 1:
-        message = ceil(rows * hidden * 9 / 8)
-        anywhere |= {"messages": (min(SPARE_BUFFERS, stages + 1) + 1) * message, "what is sent": rows * hidden}
     values = sizes.position_values is not None
     front = {"embeddings": rows * (2 * (sizes.width or 0) + 10 * sizes.hidden * values), "before": kept["before"]}
     back = {"after": kept["after"]}
@@ -199,7 +202,9 @@ def _cpu_workspace(layout: Layout, workload: Workload, dtype_bytes: int, stages:
     head |= {"choice": 24 * sizes.vocab}
     (front if layout.tied else back).update(head)
     block = {"vectors in float32": _vector_bytes(layout, dtype_bytes), "operations": BLOCK_OBJECT_BYTES}
-    return Workspace(anywhere, block, front, back, loading=_staging_bytes(layout, dtype_bytes))
+    sent = rows * hidden if stages > 1 else 0  # and received into a few buffers a little larger than that
+    received = (min(SPARE_BUFFERS, stages + 1) + 1) * ceil(sent * 9 / 8)
+    return Workspace(anywhere, block, front, back, received, sent, _staging_bytes(layout, dtype_bytes))
 
 
 def cpu_row_bytes(layout: Layout, workload: Workload) -> dict[str, int]:
