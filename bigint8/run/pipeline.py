@@ -43,6 +43,9 @@ STATS_SECONDS = 2
 MAX_RESTORES = 3
 """How often a pipeline is mended before it is given up, where workers go on dying meanwhile."""
 
+UNLOAD_SECONDS = 5.0
+"""How long to wait for workers to let their stages go: one that is dead or stuck is not waited for any longer."""
+
 POLL_SECONDS = 0.05
 """How often loading workers are asked how far they are."""
 
@@ -194,8 +197,9 @@ class Pipeline:
     def _unload(self) -> None:
         self._end_links()
         self._loaded, self._emptied = set(), set()
-        for worker in self._workers:
-            worker.unload.remote()
+        asked = [worker.unload.remote() for worker in self._workers]
+        # a load that begins before a worker has unloaded would show how far the one before it came
+        ray.wait(asked, num_returns=len(asked), timeout=UNLOAD_SECONDS)
 
     def _watch(self, loads: list[Any], progress: bool) -> "list[LoadReport]":
         """Show how far the workers are until all are done, or the first has failed."""
