@@ -163,10 +163,11 @@ class Draft:
         if objective == "throughput":
             most = seconds * (1 + TOLERANCE)
             costs = [kinds[pick.kind] for pick in picks]
-            cuts = self.emptiest_cut(
+            emptiest = self.emptiest_cut(
                 order,
                 lambda i, first, last: costs[i].fits(first, last) and costs[i].stage_seconds(first, last) <= most,
             )
+            cuts = emptiest or cuts
         plan = Draft(self.spec, self.workload, self.dtype, len(order), self.spill).plan(cuts, order)
         return plan if self.spill is None or all(stage.headroom_bytes >= 0 for stage in plan.stages) else None
 
@@ -211,7 +212,9 @@ class Draft:
         """Block indices where the stages begin, and the end: dynamic programming over (device, blocks placed).
 
         Minimises the largest share of a device's memory that its stage fills, over all devices in this order.
-        `allowed(i, first, last)`: whether the device may have that stage; if not, it may have no longer one either.
+        `allowed(i, first, last)`: whether the device may have that stage; if not, it may have no longer one either,
+        unless blocks are offloaded: a stage of one block may have no room for two buffers where one of three has.
+        Empty if no cut is allowed.
         """
         blocks, count = len(self.layout.blocks), len(devices)
         below = [0, *accumulate(self._block_bytes)]
@@ -229,10 +232,14 @@ class Draft:
             for last in range(d, blocks - (count - d) + 1):
                 for first in range(last - 1, d - 2, -1):
                     if not allowed(d - 1, first, last):
-                        break
+                        if self.spill is None:
+                            break
+                        continue
                     worst = max(best[d - 1][first], filled(d - 1, first, last))
                     if worst < best[d][last]:
                         best[d][last], came_from[d][last] = worst, first
+        if best[count][blocks] == inf:
+            return []
         cuts = [blocks]
         for d in range(count, 0, -1):
             cuts.append(came_from[d][cuts[-1]])
