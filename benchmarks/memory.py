@@ -1,7 +1,7 @@
 """Memory over many requests: the peak of a loaded model's process against its plan.
 
 python benchmarks/memory.py [--model smollm2-135m] [--tokens 100000] [--context 2048] [--sequences 8] [--json FILE]
-python benchmarks/memory.py --families [--only llama] [--chunk 512] [--json FILE]
+python benchmarks/memory.py --families [--only llama] [--json FILE]
 
 Requests of unlike lengths arrive as others leave, until so many tokens went through; the first has a prompt that fills
 the context. "planned" are the plan's weights, keys and values, and workspace. "peak" is the most that the process held,
@@ -163,7 +163,7 @@ def compare_families(kinds: list[str], chunk: int = 512) -> Comparison:
             large, small = Path(memory) / "large", Path(memory) / "small"
             save(kind, large)
             save(kind, small, small=True)
-            for stages in (1, 2):
+            for stages in (1, 2)["no recipe" in kind :]:  # requests need workers there
                 for stage, figures in enumerate(peaks_in_child(large, small, stages, chunk)):
                     comparison.add(f"{kind}, stage {stage} of {stages}", figures)
     return comparison

@@ -57,9 +57,15 @@ PACKED_SHARE = 0.51
 """Of a product's int8 weights what oneDNN packs at once. Measured with torch 2.13's on a CPU with AVX512-VNNI, on 1 to
 8 threads: 0.41 to 0.53."""
 
+PACKED_HEAD_SHARE = 0.63
+"""Of a 16-bit head's weights what torch's own product packs, where transformers' modules run. Measured as above."""
+
 PACKINGS = 4
 """How often the allocator keeps that: aligned memory that was freed seldom fits the next product (glibc). Measured: 3
 to 5 times. What is larger than MAPPED_BYTES goes back to the system."""
+
+MODULES_KEEP = 1.2
+"""How much more transformers' modules take than their values at one time: holes in the heap. Runs differ by 10 %."""
 
 MAPPED_BYTES = 32 * MIB
 """From this size on, glibc maps each allocation by itself (M_MMAP_THRESHOLD's largest value)."""
@@ -193,13 +199,15 @@ def _cpu_workspace(layout: Layout, workload: Workload, dtype_bytes: int, stages:
             "chunks of attention": _split_bytes(recipe, workload),
         }
     else:
-        anywhere |= {"modules of transformers": rows * _module_row_bytes(sizes, dtype_bytes)}
+        anywhere |= {"modules of transformers": int(MODULES_KEEP * rows * _module_row_bytes(sizes, dtype_bytes))}
     anywhere |= {"packed weights": _packed_bytes(layout, workload), "outlier columns": COLUMN_BYTES}
     values = sizes.position_values is not None
     front = {"embeddings": rows * (2 * (sizes.width or 0) + 10 * sizes.hidden * values), "before": kept["before"]}
     back = {"after": kept["after"]}
     head = {"head": kept["head"], "logits": min(head_rows(workload), workload.sequences) * sizes.vocab * 4}
     head |= {"choice": 24 * sizes.vocab}
+    if recipe is None and not layout.int8_head:
+        head |= {"packed head": int(PACKED_HEAD_SHARE * dtype_bytes * sizes.vocab * (sizes.width or 0))}
     (front if layout.tied else back).update(head)
     block = {"vectors in float32": _vector_bytes(layout, dtype_bytes), "operations": BLOCK_OBJECT_BYTES}
     sent = rows * hidden if stages > 1 else 0  # and received into a few buffers a little larger than that
