@@ -153,15 +153,22 @@ class PlanTimes:
             sent += piece
         return steps
 
-    def prompt_seconds(self, tokens: int) -> float:
-        """Until the first token of a prompt: its pieces go through the stages one behind the other."""
-        free, at = [0.0] * len(self.plan.stages), 0.0
-        for step in self.pieces(tokens):
+    def prompt_slots(self, tokens: int) -> tuple[list[tuple[int, int, float, float]], float]:
+        """When the pieces of a prompt alone are in the stages, one behind the other: piece, stage, start, seconds. And
+        when the last piece is back."""
+        free, slots, at = [0.0] * len(self.plan.stages), [], 0.0
+        for piece, step in enumerate(self.pieces(tokens)):
             at = 0.0
             for stage, (seconds, hop) in enumerate(zip(step.stages, step.hops, strict=True)):
-                free[stage] = max(at, free[stage]) + seconds
+                start = max(at, free[stage])
+                slots.append((piece, stage, start, seconds))
+                free[stage] = start + seconds
                 at = free[stage] + hop
-        return at
+        return slots, at
+
+    def prompt_seconds(self, tokens: int) -> float:
+        """Until the first token of a prompt."""
+        return self.prompt_slots(tokens)[1]
 
     def load_seconds(self, stage: Stage, alone: bool = False) -> float:
         """To read a stage's tensors from its box's disk, which its other stages read too but for one that is loaded

@@ -64,20 +64,16 @@ def decode_round(prediction: Prediction) -> Timeline:
             slots.append(Slot(index, group, start, inside))
             if stage.decode_seconds - inside > 1e-9 * period:
                 slots.append(Slot(index, group, 0.0, stage.decode_seconds - inside))
-    slots.sort(key=lambda slot: (slot.stage, slot.start_seconds))
+    slots.sort(key=_in_order)
     return Timeline(tuple(slots), prediction.groups, period)
 
 
 def prefill(plan: Plan, tokens: int) -> Timeline:
     """A prompt of so many tokens: its pieces go through the stages one behind the other, until the first token."""
-    free = [0.0] * len(plan.stages)
-    slots, at = [], 0.0
-    steps = PlanTimes(plan).pieces(tokens)
-    for number, step in enumerate(steps):
-        at = 0.0
-        for stage, (seconds, hop) in enumerate(zip(step.stages, step.hops, strict=True)):
-            slots.append(Slot(stage, number, max(at, free[stage]), seconds))
-            free[stage] = slots[-1].end_seconds
-            at = free[stage] + hop
-    slots.sort(key=lambda slot: (slot.stage, slot.start_seconds))
-    return Timeline(tuple(slots), len(steps), at)
+    taken, end = PlanTimes(plan).prompt_slots(tokens)
+    slots = sorted((Slot(stage, piece, start, seconds) for piece, stage, start, seconds in taken), key=_in_order)
+    return Timeline(tuple(slots), taken[-1][0] + 1, end)
+
+
+def _in_order(slot: Slot) -> tuple[int, float]:
+    return slot.stage, slot.start_seconds
