@@ -57,13 +57,14 @@ def main(
 
 
 def keep_speed() -> None:
-    """What `doctor --save` measures of the CPU."""
-    from bigint8.measure_speed import measure_device
+    """What `doctor --save` measures of the CPU and the disk."""
+    from bigint8.measure_speed import measure_device, measure_disk
     from bigint8.plan.devices import cpu_device
-    from bigint8.plan.speed import save_speeds
+    from bigint8.plan.speed import save_disk, save_speeds, speeds_file
 
     device = cpu_device()
     save_speeds(device.model, dict(measure_device(device)))
+    save_disk(measure_disk(speeds_file().parent))
 
 
 def answer(folder: Path, stages: int, prompt: int, tokens: int) -> Figures:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .options import DeviceKind
 from .plan.devices import Device, find_devices
-from .plan.speed import save_speeds
+from .plan.speed import save_disk, save_speeds, speeds_file
 from .terminal.flags import JsonFile, command, new_app, new_console, run_command, write_json
 
 app = new_app()
@@ -71,12 +71,12 @@ def run(flags: DoctorFlags) -> None:
 
 def _save(console: Console, devices: list[Device]) -> None:
     """Measure one device of each kind, and keep the figures for plans."""
-    from .measure_speed import measure_device
+    from .measure_speed import measure_device, measure_disk
 
     for model, device in {device.model: device for device in devices}.items():
         with console.status(f"measuring {model}"):
             speeds = dict(measure_device(device))
-        file = save_speeds(model, speeds)
+        save_speeds(model, speeds)
         for cores, speed in speeds.items():
             named = f", {cores} core{'s' * (cores > 1)}" if device.kind == "cpu" else ""
             console.print(
@@ -86,7 +86,15 @@ def _save(console: Console, devices: list[Device]) -> None:
                 "besides",
                 soft_wrap=True,
             )
-    console.print(f"Plans take this from {file}.", soft_wrap=True)
+    with console.status("measuring the disk"):
+        disk = measure_disk(speeds_file().parent)
+    save_disk(disk)
+    console.print(
+        f"{speeds_file().parent}: a file is read at {disk.bytes_per_s / 1e9:.1f} GB/s past the file cache, at "
+        f"{disk.cached_bytes_per_s / 1e9:.1f} GB/s from it",
+        soft_wrap=True,
+    )
+    console.print(f"Plans take this from {speeds_file().parent}.", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,12 @@ Each rate is what two steps differ in: weights from one row of large blocks and 
 rows, keys and values from more tokens before. So it is the rate of the whole step, with all that kernels lose.
 """
 
+import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,9 +17,10 @@ from bigint8_kernels import float_linear
 
 from .examine_steps import LlamaStack, least_seconds_of
 from .model.graphs import Graphs, Shape
+from .model.offload import OpenFile
 from .model.program import Rows
 from .plan.devices import Device, usable_cpus
-from .plan.speed import Speed
+from .plan.speed import UNKNOWN_DISK, DiskSpeed, Speed
 
 HIDDEN, BLOCKS = 2048, 6
 """Of the large blocks: 50 MB each in int8, so that no cache holds them."""
@@ -29,6 +34,9 @@ HEAD_ROWS = 32768
 """Rows of a 16-bit output head."""
 
 COPY_BYTES = 2**28
+
+READ_BYTES, READS = 2**25, 5
+"""Read of a file at once, as a large block is; how often all of it is read from the file cache."""
 
 LEAST_SECONDS = 1e-6
 """Differences are no less: noise can make them zero or negative."""
@@ -104,6 +112,34 @@ def measure(device: torch.device, source: str) -> Speed:
         bus_bytes_per_s=_bus_bytes_per_s(device),
         source=source,
     )
+
+
+def measure_disk(folder: Path) -> DiskSpeed:
+    """The disk below a folder, as blocks are brought in from files: by one thread, past the file cache and from it.
+
+    Writes a file of 256 MB there, which is gone afterwards. Raises OSError.
+    """
+    block = torch.empty(READ_BYTES, dtype=torch.uint8).random_(generator=torch.Generator().manual_seed(0)).numpy().data
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="bigint8-doctor-") as written:
+        for _ in range(COPY_BYTES // READ_BYTES):
+            written.write(block)
+        written.flush()
+        os.fsync(written.fileno())
+        file = OpenFile(Path(written.name))
+
+        def read() -> float:
+            started = time.perf_counter()
+            for start in range(0, COPY_BYTES, READ_BYTES):
+                file.read(block, start)
+            return COPY_BYTES / (time.perf_counter() - started)
+
+        def read_past_the_cache() -> float:
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            return read()
+
+        first = read_past_the_cache() if hasattr(os, "posix_fadvise") else UNKNOWN_DISK.bytes_per_s
+        return DiskSpeed(first, max(read() for _ in range(READS)), f"measured in {folder}")
 
 
 def _head_seconds(device: torch.device) -> Callable[[int], float]:

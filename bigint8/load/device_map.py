@@ -280,11 +280,14 @@ def _usable(max_memory: Limits | None) -> list[Device]:
     if max_memory is None:
         return devices
     limits = _limits(max_memory, devices)
-    return [
-        replace(device, usable_bytes=min(device.usable_bytes, limits[device.name]))
-        for device in devices
-        if limits.get(device.name)
-    ]
+    return [_within(device, limits, devices[-1]) for device in devices if limits.get(device.name)]
+
+
+def _within(device: Device, limits: Mapping[str, int], host: Device) -> Device:
+    """The device within its limit, if it has one; what the host's leaves of its memory, the file cache may have."""
+    left = max(0, host.usable_bytes - limits.get(host.name, 0))
+    usable = min(device.usable_bytes, limits.get(device.name, device.usable_bytes))
+    return replace(device, usable_bytes=usable, box=replace(device.box, cached_bytes=left))
 
 
 def _limits(max_memory: Limits, devices: Sequence[Device]) -> dict[str, int]:
@@ -310,8 +313,7 @@ def _device(name: str, max_memory: Limits | None) -> Device:
     devices = [*cuda_devices(), cpu_device()]
     for device in devices:
         if device.name == name:
-            limit = _limits(max_memory, devices).get(name) if max_memory is not None else None
-            return device if limit is None else replace(device, usable_bytes=min(device.usable_bytes, limit))
+            return device if max_memory is None else _within(device, _limits(max_memory, devices), devices[-1])
     raise PlanError(f"device_map names {name}, which this machine does not have")
 
 

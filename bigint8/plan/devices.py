@@ -16,7 +16,17 @@ from ..options import DeviceKind
 from ..sources.presets import read_yaml
 from ..units import GIB, MIB
 from . import nvidia
-from .speed import BUS_SHARE, UNKNOWN_GPU, Speed, cpu_speed, gpu_speed, measured_gpu, plain_torch_speed
+from .speed import (
+    BUS_SHARE,
+    UNKNOWN_DISK,
+    UNKNOWN_GPU,
+    Speed,
+    cpu_speed,
+    gpu_speed,
+    measured_gpu,
+    plain_torch_speed,
+    saved_disk,
+)
 
 CONTEXT_BYTES = 500 * MIB
 """Held back on each GPU for the CUDA context: 300 to 500 MiB have been seen."""
@@ -38,6 +48,8 @@ class Box:
 
     network_bytes_per_s, network_seconds: its link to other boxes, and half of what a message takes besides its bytes
     host_bytes: of its memory that weights may take which no device holds; disk_bytes_per_s: of where checkpoints are
+    cached_bytes, cached_bytes_per_s: of its memory that is left for files that are read again and again, and how fast
+        one thread reads them there; more of them than that come from the disk each time
     nvlink_bytes_per_s: between its GPUs, one way; 0 where copies go through the host's memory
     """
 
@@ -45,11 +57,19 @@ class Box:
     network_bytes_per_s: float = 117e6
     network_seconds: float = 50e-6
     host_bytes: int = 0
-    disk_bytes_per_s: float = 3e9
+    disk_bytes_per_s: float = UNKNOWN_DISK.bytes_per_s
+    cached_bytes: int = 0
+    cached_bytes_per_s: float = UNKNOWN_DISK.cached_bytes_per_s
     nvlink_bytes_per_s: float = 0.0
 
 
 THIS_BOX = Box()
+
+
+def this_box() -> Box:
+    """This machine, its disk as measured or assumed."""
+    disk = saved_disk()
+    return Box(disk_bytes_per_s=disk.bytes_per_s, cached_bytes_per_s=disk.cached_bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -141,6 +161,7 @@ def cuda_devices() -> list[Device]:
             max(0, gpu.free_bytes - CONTEXT_BYTES - SLACK_BYTES),
             "bfloat16" if gpu.capability >= (8, 0) else "float16",
             _speed_of(gpu.name),
+            this_box(),
         )
         for i, gpu in enumerate(nvidia.find_gpus())
     ]
@@ -157,7 +178,7 @@ def cpu_device(share: int = 1) -> Device:
     usable = share_of(max(0, available_memory() - HOST_RESERVE_BYTES), share)
     model = _cpu_model()
     speed = cpu_speed(model, max(1, usable_cpus() // share))
-    return Device("cpu", model, usable, "bfloat16" if _cpu_has_bf16() else None, speed)
+    return Device("cpu", model, usable, "bfloat16" if _cpu_has_bf16() else None, speed, this_box())
 
 
 def share_of(usable_bytes: int, share: int) -> int:

@@ -10,7 +10,7 @@ from ..options import Workload
 from ..units import FLOAT_BYTES
 from .devices import Box, Device
 from .memory import Workspace, kv_bytes, pages, workspace
-from .offload import Spill, keep_beside, offloaded_blocks, streamed_seconds
+from .offload import Spill, file_bytes_per_s, host_bytes_per_s, keep_beside, offloaded_blocks
 from .plan import Plan, Stage
 from .search import TOLERANCE, Boxes, Kind, Pick, Search
 from .spec import ModelSpec
@@ -200,10 +200,10 @@ class Draft:
         for kind, device in zip(kinds, examples, strict=True):
             sharing = sum(other.box == device.box for other in devices)
             in_host = device.kind == "cuda" and sum(hosts.values()) >= missing
-            second = streamed_seconds(device, float(in_host), float(not in_host), sharing)
+            rate = host_bytes_per_s(device) if in_host else file_bytes_per_s(device, missing, sharing)
             overlaps = device.kind == "cuda"
             costs = {field.name: getattr(kind, field.name) for field in fields(kind)}
-            found.append(StreamingKind(**costs, able=tuple(self._able), second_per_byte=second, overlaps=overlaps))
+            found.append(StreamingKind(**costs, able=tuple(self._able), second_per_byte=1 / rate, overlaps=overlaps))
         return found
 
     def emptiest_cut(

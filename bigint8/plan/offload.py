@@ -72,10 +72,20 @@ def keep_beside(stage: Stage, sizes: Sequence[int], chosen: Sequence[int], home:
     return replace(fewer, disk_blocks=blocks, disk_bytes=size)
 
 
-def streamed_seconds(device: Device, host_bytes: float, disk_bytes: float, sharing: int = 1) -> float:
-    """To bring in offloaded weights once; `sharing`: how many devices of the box read from its disk."""
-    bus = device.speed.bus_bytes_per_s if device.kind == "cuda" else float("inf")
-    return host_bytes / bus + disk_bytes / min(bus, device.box.disk_bytes_per_s / sharing)
+def file_bytes_per_s(device: Device, of_box: int, sharing: int = 1) -> float:
+    """How fast a device brings in weights from files, once a step.
+
+    of_box: bytes of files that all devices of its box bring in each step: the system's file cache holds all of them or,
+        since they are read in turn, none; sharing: how many devices of the box read from its disk
+    """
+    box = device.box
+    rate = box.cached_bytes_per_s if of_box <= box.cached_bytes else box.disk_bytes_per_s / sharing
+    return min(rate, device.speed.bus_bytes_per_s) if device.kind == "cuda" else rate
+
+
+def host_bytes_per_s(device: Device) -> float:
+    """How fast a device brings in weights from the host's memory; what the CPU reads is there already."""
+    return device.speed.bus_bytes_per_s if device.kind == "cuda" else float("inf")
 
 
 def step_seconds(device: Device, computing: float, streaming: float) -> float:

@@ -5,7 +5,7 @@ from math import ceil
 
 from ..options import SHORT_PROMPT
 from ..units import FLOAT_BYTES
-from .offload import step_seconds, streamed_seconds
+from .offload import file_bytes_per_s, host_bytes_per_s, step_seconds
 from .plan import Plan, Stage
 from .time import DRIVER_SECONDS, Rows, TimeModel, Work, hop_seconds
 
@@ -131,8 +131,10 @@ class PlanTimes:
 
     def _streaming(self, stage: Stage) -> float:
         """To bring in what is offloaded, once a step; devices of a box share its disk."""
-        sharing = sum(other.device.box == stage.device.box and other.disk_bytes > 0 for other in self.plan.stages)
-        return streamed_seconds(stage.device, stage.host_bytes, stage.disk_bytes, max(1, sharing))
+        reading = [other.disk_bytes for other in self.plan.stages if other.device.box == stage.device.box]
+        sharing = sum(size > 0 for size in reading)
+        from_files = stage.disk_bytes / file_bytes_per_s(stage.device, sum(reading), max(1, sharing))
+        return from_files + stage.host_bytes / host_bytes_per_s(stage.device)
 
     def hop_seconds(self, index: int, rows: int) -> float:
         """Of so many rows from a stage to the next; from the last one to a head in the first, if there is one."""

@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..errors import BigInt8Error
 
@@ -100,6 +101,18 @@ MOST_READING_CORES = 4
 
 
 @dataclass(frozen=True)
+class DiskSpeed:
+    """What one thread reads of files: past the system's file cache, and from it."""
+
+    bytes_per_s: float
+    cached_bytes_per_s: float
+    source: str
+
+
+UNKNOWN_DISK = DiskSpeed(3e9, 6e9, "assumed: this disk was not measured")
+
+
+@dataclass(frozen=True)
 class MeasuredSpeeds:
     """The speeds of one kind of device that were measured: of a CPU by the number of cores, of a GPU as of one core."""
 
@@ -162,10 +175,13 @@ def _read_speeds(file: Path, changed_ns: int) -> dict[str, MeasuredSpeeds]:
             for model, by_cores in kept.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise BigInt8Error(f"{file}: not what `bigint8 doctor --save` writes: {error}; run that again") from None
+        raise _damaged(file, error) from None
 
 
-def _checked(speed: Speed) -> Speed:
+Rates = TypeVar("Rates", Speed, DiskSpeed)
+
+
+def _checked(speed: Rates) -> Rates:
     for name, value in asdict(speed).items():
         if name != "source" and not 0 < value < 1e18 and not (name == "block_seconds" and value == 0):
             raise ValueError(f"{name} {value}")
@@ -184,11 +200,39 @@ def saved_speeds() -> dict[str, MeasuredSpeeds]:
 
 def save_speeds(model: str, by_cores: dict[int, Speed]) -> Path:
     """Keep what was measured of a device, beside what is known of others; where."""
-    file = speeds_file()
     kept = {name: {str(c): asdict(s) for c, s in known.by_cores.items()} for name, known in saved_speeds().items()}
     kept[model] = {str(cores): asdict(speed) for cores, speed in by_cores.items()}
+    return _write(speeds_file(), kept)
+
+
+def saved_disk() -> DiskSpeed:
+    """What was measured of this machine's disk, or assumed. Raises BigInt8Error for a file that is damaged."""
+    file = _disk_file()
+    try:
+        speed = DiskSpeed(**json.loads(file.read_text(encoding="utf-8")))
+        return _checked(speed)
+    except OSError:
+        return UNKNOWN_DISK
+    except (ValueError, TypeError) as error:
+        raise _damaged(file, error) from None
+
+
+def save_disk(speed: DiskSpeed) -> Path:
+    """Keep what was measured of the disk; where."""
+    return _write(_disk_file(), asdict(speed))
+
+
+def _disk_file() -> Path:
+    return speeds_file().with_name("disk.json")
+
+
+def _write(file: Path, kept: dict[str, Any]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(file)
     return file
+
+
+def _damaged(file: Path, error: Exception) -> BigInt8Error:
+    return BigInt8Error(f"{file}: not what `bigint8 doctor --save` writes: {error}; run that again")
