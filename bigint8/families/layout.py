@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from ..errors import BigInt8Error
@@ -222,7 +223,7 @@ class Layout:
     def tied(self) -> bool:
         return self.sizes.tied
 
-    @property
+    @cached_property
     def groups(self) -> tuple[int | None, ...]:
         """The sliding windows that its blocks have, each once: blocks of one window share their numbering of pages."""
         return tuple(dict.fromkeys(self.sizes.windows))
@@ -230,6 +231,13 @@ class Layout:
     def group_of(self, block: int) -> int:
         """Which group of pages a block belongs to."""
         return self.groups.index(self.sizes.windows[block])
+
+    @cached_property
+    def alike(self) -> tuple[int, ...]:
+        """For each block, the first one that has its sizes and its window: what such blocks cost is computed once."""
+        first: dict[tuple[Part, int | None], int] = {}
+        both = zip((module.part for module in self.blocks), self.sizes.windows, strict=True)
+        return tuple(first.setdefault(same, block) for block, same in enumerate(both))
 
     def stage(self, first_block: int, last_block: int) -> tuple[Module, ...]:
         """The modules of the stage with blocks [first_block, last_block), in the order in which they run."""

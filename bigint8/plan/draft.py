@@ -149,6 +149,8 @@ class Draft:
     def best_plan(self, devices: Sequence[Device], objective: Objective, spare: float) -> Plan | None:
         """The best plan over some of the devices that leaves a share of each free, None if there is none."""
         rows = Rows(decode=ceil(self.workload.sequences / len(devices)), context=self.workload.context)
+        if self.spill is None and not self._has_room(devices, spare):
+            return None
         offer, times = _Offer(devices), TimeModel(self.layout, self._size)
         kinds: Sequence[Kind] = [self._kind(offer.examples[kind], times, rows, spare) for kind in offer.kinds]
         if self.spill is not None:
@@ -171,12 +173,21 @@ class Draft:
         plan = Draft(self.spec, self.workload, self.dtype, len(order), self.spill).plan(cuts, order)
         return plan if self.spill is None or all(stage.headroom_bytes >= 0 for stage in plan.stages) else None
 
+    def _has_room(self, devices: Sequence[Device], spare: float) -> bool:
+        """Whether the devices together have as much as the model takes: if not, there is no cut to search for."""
+        needed = sum(self._block_bytes) + self._front_bytes + self._back_bytes
+        for device in devices:
+            room = self._workspace(device)
+            least = room.inner_bytes - room.received - room.sent  # of a stage alone
+            needed -= max(0, int(device.usable_bytes * (1 - spare)) - least)
+        return needed <= 0
+
     def _kind(self, device: Device, times: TimeModel, rows: Rows, spare: float) -> Kind:
         """A device as costs."""
         room = self._workspace(device)
         head, hop = times.head_seconds(device.speed, rows), enter_seconds(device, times.hop_bytes(rows))
         return Kind(
-            seconds=tuple(times.block_seconds(block, device.speed, rows) for block in range(len(self.layout.blocks))),
+            seconds=times.blocks_seconds(device.speed, rows),
             bytes=tuple(size + room.block_bytes for size in self._block_bytes),
             capacity=int(device.usable_bytes * (1 - spare)) - room.inner_bytes,
             front=head if self.layout.tied else 0.0,
@@ -214,28 +225,29 @@ class Draft:
         Minimises the largest share of a device's memory that its stage fills, over all devices in this order.
         `allowed(i, first, last)`: whether the device may have that stage; if not, it may have no longer one either,
         unless blocks are offloaded: a stage of one block may have no room for two buffers where one of three has.
-        Empty if no cut is allowed.
+        Empty if no cut is allowed. A stage that is not the first fills no less with more blocks, so none is tried that
+        is longer than one which already fills as much as the best cut.
         """
         blocks, count = len(self.layout.blocks), len(devices)
-        below = [0, *accumulate(self._block_bytes)]
-        workspaces = [self._workspace(device) for device in devices]
-
-        def filled(device: int, first: int, last: int) -> float:
-            used = below[last] - below[first] + workspaces[device].of(first, last, blocks)
-            used += (self._front_bytes if first == 0 else 0) + (self._back_bytes if last == blocks else 0)
-            return used / max(1, devices[device].usable_bytes)
-
         best = [[inf] * (blocks + 1) for _ in range(count + 1)]
         came_from = [[0] * (blocks + 1) for _ in range(count + 1)]
         best[0][0] = 0.0
-        for d in range(1, count + 1):
+        for d, device in enumerate(devices, start=1):
+            room, usable = self._workspace(device), max(1, device.usable_bytes)
+            below = [0, *accumulate(size + room.block_bytes for size in self._block_bytes)]
+            front = self._front_bytes + room.front_bytes if d == 1 else 0
             for last in range(d, blocks - (count - d) + 1):
-                for first in range(last - 1, d - 2, -1):
+                used = below[last] + room.inner_bytes + front
+                used += self._back_bytes + room.back_bytes if last == blocks else 0
+                for first in range(last - 1, d - 2, -1) if d > 1 else (0,):
+                    share = (used - below[first]) / usable
+                    if share >= best[d][last]:
+                        break
                     if not allowed(d - 1, first, last):
                         if self.spill is None:
                             break
                         continue
-                    worst = max(best[d - 1][first], filled(d - 1, first, last))
+                    worst = max(best[d - 1][first], share)
                     if worst < best[d][last]:
                         best[d][last], came_from[d][last] = worst, first
         if best[count][blocks] == inf:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 
 from ..families.layout import Layout, Recipe, Sizes
@@ -94,22 +95,22 @@ class Workspace:
     sent: int = 0
     loading: int = 0
 
-    @property
+    @cached_property
     def inner_bytes(self) -> int:
         """Of a stage that is neither the first nor the last, without its blocks."""
         return max(self.loading, sum(self.anywhere.values())) + self.received + self.sent
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Of each block."""
         return sum(self.block.values())
 
-    @property
+    @cached_property
     def front_bytes(self) -> int:
         """By how much the first stage needs more than an inner one: it may be less."""
         return sum(self.front.values()) - self.received
 
-    @property
+    @cached_property
     def back_bytes(self) -> int:
         """By how much the last stage needs more than an inner one: it may be less."""
         return sum(self.back.values()) - self.sent

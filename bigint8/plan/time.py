@@ -132,8 +132,9 @@ class TimeModel:
 
     def blocks_cost(self, first: int, last: int, speed: Speed) -> Cost:
         """Of the blocks [first, last), at least one, together."""
-        costs = [self.block_cost(block, speed) for block in range(first, last)]
-        return reduce(operator.add, costs)
+        alike = self.layout.alike[first:last]
+        costs = {block: self.block_cost(block, speed) for block in set(alike)}
+        return reduce(operator.add, (costs[block] for block in alike))
 
     def head_cost(self, speed: Speed) -> Cost:
         """Of the output head, for the work that is `Work.head`."""
@@ -143,6 +144,12 @@ class TimeModel:
     def block_seconds(self, block: int, speed: Speed, rows: Rows) -> float:
         """Of one block of the model."""
         return self.block_cost(block, speed).seconds(self.work(rows))
+
+    def blocks_seconds(self, speed: Speed, rows: Rows) -> tuple[float, ...]:
+        """Of each block of the model."""
+        work, alike = self.work(rows), self.layout.alike
+        seconds = {block: self.block_cost(block, speed).seconds(work) for block in set(alike)}
+        return tuple(seconds[block] for block in alike)
 
     def head_seconds(self, speed: Speed, rows: Rows) -> float:
         """Of the output head: it takes one row of each sequence."""
