@@ -6,7 +6,7 @@ python -m bigint8.plan MODEL [--gpus N --gpu-type NAME | --cluster NAME_OR_FILE]
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,7 +98,7 @@ def plan(flags: PlanCommandFlags) -> None:
     spec = find_model(flags.model, int8, flags.access(), weights=False).spec
     devices, note = flags.devices_to_plan_for(spec)
     work, load = flags.workload(spec), flags.load()
-    made = make_plan(spec, devices, work, flags.objective)
+    made = make_plan(replace(spec, one_process=flags.device_map), devices, work, flags.objective)
     if flags.device_map:
         print(json.dumps(made.device_map(), indent=2))
         return

@@ -41,11 +41,11 @@ def loaded_stages(folder: Path, count: int, device: str = "cpu", **config: Any) 
         stage = StageModel(skeleton, family_of(skeleton.model.config.model_type), planned.modules)
         check_planned_bytes(planned, stage.slots)
         fill(found.checkpoint, skeleton, stage.slots, lambda name: device)
-        if stage.has_head:
+        if stage.is_first and stage.has_head:
             skeleton.tie()
         move_buffers(stage, lambda name: device)
         stages.append(stage.eval())
-    return stages, found.spec
+    return stages, plan.spec
 
 
 def room_for(layout: Layout, device: str = "cpu") -> Room:

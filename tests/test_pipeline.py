@@ -8,10 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import SIX_FAMILIES, save_tiny
+from tiny import SIX_FAMILIES, save_tiny, tiny_model
 from transformers import AutoTokenizer, TextIteratorStreamer
 
-from bigint8 import BigInt8Error, Int8Config, WorkerError, load_sharded_int8
+from bigint8 import BigInt8Error, Cluster, Int8Config, WorkerError, load_sharded_int8, open_pipeline
 from bigint8.model.config import read_generation_config, read_hf_config
 from bigint8.options import Access, Workload
 from bigint8.plan.cut import make_plan
@@ -25,10 +25,11 @@ engines = {}
 """The engine of each pipeline's last load: it ends before the next."""
 
 
-def load(pipeline, folder, workers, dtype="float32", work=WORK, **config):
-    """A model on the first `workers` workers, and the reports of their loads."""
+def load(pipeline, folder, workers, dtype="float32", work=WORK, copied=False, **config):
+    """A model on the first `workers` workers, and the reports of their loads. `copied`: with a copied head."""
     found = find_model(folder, Int8Config(dtype=dtype, **config))
-    plan = make_plan(found.spec, pipeline.devices()[:workers], work)
+    spec = found.spec.with_copied_head() if copied else found.spec
+    plan = make_plan(spec, pipeline.devices()[:workers], work)
     for engine in engines.pop(pipeline, ()):
         engine.close()
     reports = pipeline.load(plan, progress=False)
@@ -68,6 +69,32 @@ def test_tokens_are_those_of_one_process_over_one_two_and_three_workers(pipeline
         model, _ = load(pipeline, tmp_path, workers)
         assert torch.equal(greedy(model, PROMPT, 16), single), f"{workers} workers"
         assert torch.equal(greedy(model, PADDED, 16, PADDED_MASK), batch), f"{workers} workers, padded batch"
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "bloom", "gpt2"])
+def test_a_copied_head_in_the_last_worker_gives_the_tokens_of_one_process(pipeline, kind, tmp_path):
+    save_tiny(kind, True, tmp_path)
+    expected = greedy(in_one_process(tmp_path), PADDED, 16, PADDED_MASK)
+    for workers in (2, 3):
+        model, reports = load(pipeline, tmp_path, workers, copied=True)
+        assert torch.equal(greedy(model, PADDED, 16, PADDED_MASK), expected), f"{workers} workers"
+        loaded = [sum(report.device_bytes.values()) for report in reports]
+        assert loaded == [stage.weight_bytes for stage in model.plan.stages] and model.plan.copied_head_bytes > 0
+
+
+@pytest.mark.usefixtures("on_running_workers")
+def test_a_pipeline_plans_a_copied_head_by_itself_where_that_is_faster(tmp_path):
+    """Of two blocks, one for each worker, the first attends to all, the second to a window."""
+    tiny_model("qwen2", True, num_hidden_layers=2, max_window_layers=1).save_pretrained(tmp_path)
+    expected = greedy(in_one_process(tmp_path), PROMPT, 16)
+    with open_pipeline(
+        tmp_path, 2, config=Int8Config(dtype="float32"), workload=WORK, cluster=Cluster("cpu"), progress=False
+    ) as pipe:
+        assert len(pipe.plan.stages) == 2 and pipe.plan.copied_head_bytes > 0
+        assert "the output head is a copy of the embeddings" in pipe.plan.notes[0]
+        assert torch.equal(greedy(pipe.model, PROMPT, 16), expected)
+        (answer,) = pipe.generate(PROMPT[0].tolist(), max_new_tokens=16, do_sample=False)
+        assert answer.tokens == expected[0, 6:].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -145,13 +172,15 @@ def test_the_pages_of_a_sequence_are_free_when_the_caller_forgets_it(pipeline, t
     assert model.engine.stats().free_pages == free
 
 
-@pytest.mark.parametrize(("victim", "options"), [(0, {}), (1, {}), (1, {"num_beams": 3})])
-def test_a_worker_that_dies_is_replaced_and_the_text_goes_on(pipeline, tmp_path, victim, options):
+@pytest.mark.parametrize(
+    ("victim", "options", "copied"), [(0, {}, False), (1, {}, False), (1, {"num_beams": 3}, False), (1, {}, True)]
+)
+def test_a_worker_that_dies_is_replaced_and_the_text_goes_on(pipeline, tmp_path, victim, options, copied):
     """The caller sees a pause. With 16-bit activations a prefill gives the very values that decoding gave."""
     save_tiny("opt", True, tmp_path)
     one = in_one_process(tmp_path, config=Int8Config(activations="16bit"))
     expected = greedy(one, PADDED, 20, PADDED_MASK, **options)
-    model, _ = load(pipeline, tmp_path, 2, activations="16bit")
+    model, _ = load(pipeline, tmp_path, 2, copied=copied, activations="16bit")
 
     class KillAfterTen:
         seen = 0

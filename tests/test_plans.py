@@ -54,10 +54,11 @@ def slowest(plan):
 
 
 def way(plan):
-    """All stages and the hops between them."""
+    """All stages and the hops between them, and to the head if it is in the first one."""
     if plan is None:
         return float("inf")
     devices, times = [stage.device for stage in plan.stages], PlanTimes(plan)
+    devices += devices[:1] if times.is_ring else []
     hops = sum(hop_seconds(a, b, 2) for a, b in itertools.pairwise(devices))
     return sum(times.decode(1, WORK.context).stages) + hops
 

@@ -11,7 +11,7 @@ INSTANCES = 500
 """Of each search: 1,000 in all."""
 
 
-def random_instance(chance):
+def random_instance(chance, ring=False):
     """Kinds of devices in one or two boxes: at most four devices, nine blocks of unlike sizes."""
     blocks = chance.randint(1, 9)
     sizes = [chance.choice((1, 2, 3, 5, 8)) for _ in range(blocks)]
@@ -39,10 +39,10 @@ def random_instance(chance):
         counts = tuple((kind, there.count(kind)) for kind in sorted(set(there)))
         hop, enter = chance.choice((0.0, 0.3)), chance.choice((0.0, 0.5, 6.0))
         boxes.append(Boxes(counts, 1, hop=hop, enter=enter, leave=chance.choice((0.0, 0.4))))
-    return Search(kinds, boxes)
+    return Search(kinds, boxes, ring)
 
 
-def all_pipelines(search):
+def all_pipelines(search, ring=False):
     """Every order of every choice of devices that goes through a box once, with every cut: slowest, sum, devices."""
     devices = [
         (box, kind)
@@ -56,7 +56,7 @@ def all_pipelines(search):
             if len(set(boxes)) != sum(a != b for a, b in zip([None, *boxes], boxes, strict=False)):
                 continue
             hops = [0.0]
-            for (box, kind), (there, other) in pairwise(order):
+            for (box, kind), (there, other) in pairwise([*order, order[0]] if ring and number > 1 else order):
                 seconds = search.kinds[kind].leave + search.kinds[other].enter
                 between = search.boxes[box].leave + search.boxes[there].enter
                 hops.append(seconds + (search.boxes[box].hop if box == there else between))
@@ -98,10 +98,11 @@ def test_the_slowest_stage_is_as_fast_as_in_any_pipeline(part):
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_the_sum_of_all_stages_is_as_small_as_in_any_pipeline(part):
+@pytest.mark.parametrize("ring", [False, True], ids=["one way", "ring"])
+def test_the_sum_of_all_stages_is_as_small_as_in_any_pipeline(part, ring):
     for seed in range(part * INSTANCES // 10, (part + 1) * INSTANCES // 10):
-        search = random_instance(random.Random(10_000 + seed))
-        everything = list(all_pipelines(search))
+        search = random_instance(random.Random(10_000 + seed), ring)
+        everything = list(all_pipelines(search, ring))
         found = search.shortest_way()
         if not everything:
             assert found is None
@@ -109,3 +110,18 @@ def test_the_sum_of_all_stages_is_as_small_as_in_any_pipeline(part):
         seconds, picks = found
         check_picks(search, picks)
         assert seconds == pytest.approx(min(total for _, total, _ in everything)), seed
+
+
+@pytest.mark.parametrize("way", ["fastest_stages", "shortest_way"])
+def test_a_search_below_some_seconds_finds_what_takes_less_and_nothing_else(way):
+    found_something = 0
+    for seed in range(100):
+        search = random_instance(random.Random(20_000 + seed))
+        found = getattr(search, way)()
+        if found is None:
+            continue
+        found_something += 1
+        assert getattr(search, way)(found[0]) is None, "as fast is not less"
+        again = getattr(search, way)(found[0] * 1.001)
+        assert again is not None and again[0] == pytest.approx(found[0]), seed
+    assert found_something > 50

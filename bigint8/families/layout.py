@@ -202,8 +202,9 @@ class Int8Choice:
 class Layout:
     """A model cut into modules: those before the blocks, the blocks, those after them, the head.
 
-    `head` lacks its matrix when it is tied to the embeddings; then it lives where they do. `recipe`: how its blocks
-    compute, None for those that fused blocks do not know. `int8_linears`: the layers that are int8 in some block.
+    `head` lacks its matrix when it is tied to the embeddings; then it lives where they do, unless it is a copy of them
+    (`copied_head`). `recipe`: how its blocks compute, None for those that fused blocks do not know. `int8_linears`: the
+    layers that are int8 in some block.
     """
 
     first: tuple[Module, ...]
@@ -213,6 +214,7 @@ class Layout:
     sizes: Sizes
     recipe: Recipe | None = None
     int8_linears: frozenset[str] = frozenset()
+    copied_head: bool = False
 
     @property
     def int8_head(self) -> bool:
@@ -221,7 +223,8 @@ class Layout:
 
     @property
     def tied(self) -> bool:
-        return self.sizes.tied
+        """Whether the head's matrix is that of the embeddings, in one place."""
+        return self.sizes.tied and not self.copied_head
 
     @cached_property
     def groups(self) -> tuple[int | None, ...]:
@@ -259,10 +262,16 @@ class Layout:
     def with_int8_head(self) -> "Layout":
         """The same model with its head's matrix in int8, and the embeddings where the two are tied."""
         table = Part(int8_values=self.sizes.vocab * (self.sizes.width or 0), int8_rows=self.sizes.vocab)
-        if self.tied:
-            return replace(self, first=(replace(self.first[0], part=table), *self.first[1:]))
-        bias = Part(other_values=self.sizes.vocab * self.sizes.head_bias)
-        return replace(self, head=replace(self.head, part=table + bias))
+        first, head = self.first, self.head
+        if self.sizes.tied:
+            first = (replace(first[0], part=table), *first[1:])
+        if not self.tied:
+            head = replace(head, part=table + Part(other_values=self.sizes.vocab * self.sizes.head_bias))
+        return replace(self, first=first, head=head)
+
+    def with_copied_head(self) -> "Layout":
+        """The same model, whose head is tied to the embeddings, with a copy of their matrix in the last stage."""
+        return replace(self, head=replace(self.head, part=self.first[0].part + self.head.part), copied_head=True)
 
     def page_bytes(self, dtype_bytes: int) -> int:
         """Bytes of a page of keys and values in one block."""

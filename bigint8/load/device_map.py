@@ -110,6 +110,7 @@ def place(
     devices = _usable(max_memory) if device_map in ("auto", "balanced") else [_device(_name(device_map), max_memory)]
     if spec.layout is None:
         return _place_unknown(spec, checkpoint, workload, devices, offload_folder)
+    spec = replace(spec, one_process=True)
     spill = _spill(spec, devices, max_memory, offload_folder)
     return place_plan(_plan(spec, workload, devices, spill), checkpoint, offload_folder)
 

@@ -8,13 +8,14 @@ first the position embeddings give zero and the embedding norm is the identity. 
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..families.layout import Family
-from .skeleton import Skeleton, set_module
+from .skeleton import Skeleton, Slot, set_module
 
 
 class _ZeroPositions(nn.Module):
@@ -49,6 +50,7 @@ class StageModel(nn.Module):
         self.is_last = indices[-1] == len(blocks) - 1
         self.has_head = family.head in kept
         self.slots = {name: slot for name, slot in skeleton.slots.items() if owner(name, family) in kept}
+        self.slots |= _copied(skeleton, family, kept)
         set_module(model, family.blocks, nn.ModuleList(blocks[i] for i in indices))
         _renumber(model.get_submodule(family.blocks))
         _trim_config(model.config, indices)
@@ -146,6 +148,17 @@ def owner(name: str, family: Family) -> str:
     if name.startswith(f"{family.blocks}."):
         return family.block(int(name[len(family.blocks) + 1 :].partition(".")[0]))
     return name.rpartition(".")[0]
+
+
+def _copied(skeleton: Skeleton, family: Family, kept: set[str]) -> dict[str, Slot]:
+    """Slots of modules that are kept here for tensors that the checkpoint has for others, to which they are tied: a
+    head of its own is filled with the embeddings."""
+    slots = {}
+    for target, origin in skeleton.tied.items():
+        module = owner(target, family)
+        if module in kept and owner(origin, family) not in kept:
+            slots[origin] = replace(skeleton.slots[origin], module=skeleton.model.get_submodule(module))
+    return slots
 
 
 def _renumber(blocks: nn.Module) -> None:

@@ -82,7 +82,7 @@ def _best_plan(
     for candidate, work, spare, notes in _settings(spec, workload):
         plan = Draft(candidate, work, dtype, len(devices)).best_plan(devices, objective, spare)
         if plan is not None:
-            return replace(plan, notes=(*notes, *_left_out(devices, plan)))
+            return replace(plan, notes=(*notes, *plan.notes, *_left_out(devices, plan)))
     # the same tokens as without: the head becomes int8 only where it has no room
     smaller = spec.with_int8_head()
     tries = [(spec, SPARE), (spec, 0.0), (smaller, SPARE), (smaller, 0.0)] if spill is not None else []
@@ -92,7 +92,7 @@ def _best_plan(
         plan = Draft(offloading, workload, dtype, len(devices), spill).best_plan(devices, objective, spare)
         if plan is not None:
             notes = () if offloading is spec else (INT8_HEAD_NOTE,)
-            return replace(plan, notes=(*notes, offload_note(plan), *_left_out(devices, plan)))
+            return replace(plan, notes=(*notes, *plan.notes, offload_note(plan), *_left_out(devices, plan)))
     return None
 
 

@@ -7,7 +7,7 @@ from math import ceil, inf
 from typing import Literal
 
 from ..options import Workload
-from ..units import FLOAT_BYTES
+from ..units import FLOAT_BYTES, readable
 from .devices import Box, Device
 from .memory import Workspace, kv_bytes, pages, workspace
 from .offload import Spill, file_bytes_per_s, host_bytes_per_s, keep_beside, offloaded_blocks
@@ -147,7 +147,28 @@ class Draft:
         return tuple(done)
 
     def best_plan(self, devices: Sequence[Device], objective: Objective, spare: float) -> Plan | None:
-        """The best plan over some of the devices that leaves a share of each free, None if there is none."""
+        """The best plan over some of the devices that leaves a share of each free, None if there is none.
+
+        A head that is tied to the embeddings lives with them in the first stage, or in the last one as a copy, if that
+        is better by the objective or the model does not fit otherwise.
+        """
+        found = self._best_plan(devices, objective, spare)
+        copied = self.spec.with_copied_head() if len(devices) > 1 else None
+        if copied is None:
+            return None if found is None else found[1]
+        draft = Draft(copied, self.workload, self.dtype, self._devices, self.spill)
+        if found is None and all(draft._front(device) >= self._front(device) for device in devices):
+            return None  # no stage needs less with a copy
+        better = draft._best_plan(devices, objective, spare, inf if found is None else found[0])
+        if better is None:
+            return None if found is None else found[1]
+        plan = better[1]
+        return replace(plan, notes=(_copy_note(plan, None if found is None else objective),))
+
+    def _best_plan(
+        self, devices: Sequence[Device], objective: Objective, spare: float, below: float = inf
+    ) -> tuple[float, Plan] | None:
+        """The plan, where the head is as the layout has it, and what it takes by the objective: less than `below`."""
         rows = Rows(decode=ceil(self.workload.sequences / len(devices)), context=self.workload.context)
         if self.spill is None and not self._has_room(devices, spare):
             return None
@@ -155,8 +176,8 @@ class Draft:
         kinds: Sequence[Kind] = [self._kind(offer.examples[kind], times, rows, spare) for kind in offer.kinds]
         if self.spill is not None:
             kinds = self._streaming(kinds, [offer.examples[kind] for kind in offer.kinds], devices)
-        search = Search(kinds, offer.boxes(times.hop_bytes(rows)))
-        found = search.fastest_stages() if objective == "throughput" else search.shortest_way()
+        search = Search(kinds, offer.boxes(times.hop_bytes(rows)), ring=self.layout.tied)
+        found = search.fastest_stages(below) if objective == "throughput" else search.shortest_way(below)
         if found is None:
             return None
         seconds, picks = found
@@ -171,7 +192,12 @@ class Draft:
             )
             cuts = emptiest or cuts
         plan = Draft(self.spec, self.workload, self.dtype, len(order), self.spill).plan(cuts, order)
-        return plan if self.spill is None or all(stage.headroom_bytes >= 0 for stage in plan.stages) else None
+        fits = self.spill is None or all(stage.headroom_bytes >= 0 for stage in plan.stages)
+        return (seconds, plan) if fits else None
+
+    def _front(self, device: Device) -> int:
+        """Bytes that the first stage takes besides its blocks."""
+        return self._front_bytes + self._workspace(device).front_bytes
 
     def _has_room(self, devices: Sequence[Device], spare: float) -> bool:
         """Whether the devices together have as much as the model takes: if not, there is no cut to search for."""
@@ -192,7 +218,7 @@ class Draft:
             capacity=int(device.usable_bytes * (1 - spare)) - room.inner_bytes,
             front=head if self.layout.tied else 0.0,
             back=0.0 if self.layout.tied else head,
-            front_bytes=self._front_bytes + room.front_bytes,
+            front_bytes=self._front(device),
             back_bytes=self._back_bytes + room.back_bytes,
             enter=hop,
             leave=hop,
@@ -274,3 +300,14 @@ class Draft:
             if at == blocks:
                 return stages
         return None
+
+
+def _copy_note(plan: Plan, objective: Objective | None) -> str:
+    """Why the output head is a copy. `objective`: by which that is better, None where nothing else fits."""
+    reasons = {
+        "throughput": "with the head in the first stage, the slowest stage would be slower",
+        "latency": "so a step need not go back to the first stage",
+        None: "with the head in the first stage, the model would not fit, or only barely",
+    }
+    size = readable(plan.copied_head_bytes)
+    return f"the output head is a copy of the embeddings in the last stage ({size}): {reasons[objective]}"

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import BigInt8Error, PlanError
 from ..families.table import find_family
 from ..options import PAGE_TOKENS, Workload
+from ..units import FLOAT_BYTES
 from .devices import Device
 from .spec import ModelSpec
 
@@ -69,14 +70,28 @@ class Plan:
         """Whether some of its blocks live beside their device."""
         return any(stage.buffer_bytes for stage in self.stages)
 
+    @property
+    def copied_head_bytes(self) -> int:
+        """What the last stage takes for a copy of the embeddings that is the output head; 0 where there is none."""
+        layout = self.spec.layout
+        if layout is None or not layout.copied_head:
+            return 0
+        return layout.first[0].part.weight_bytes(FLOAT_BYTES[self.dtype])
+
     def device_map(self) -> dict[str, str]:
         """The device of each module, as transformers takes it for `device_map=`.
 
         Modules without weights beside the blocks, such as rotary frequencies, go with the embeddings. Raises PlanError
-        for a plan over several boxes: one process has no names for their devices.
+        for a plan over several boxes: one process has no names for their devices; and for one with a copy of the
+        embeddings, of which a process has one.
         """
         if len({stage.device.box.name for stage in self.stages}) > 1:
             raise PlanError("a device map is for one process, and this plan has stages in several boxes")
+        if self.copied_head_bytes:
+            raise PlanError(
+                "a device map is for one process, where the output head is the embeddings' own matrix, and this plan "
+                "has a copy of it in the last stage; plan with replace(spec, one_process=True)"
+            )
         devices = {module: stage.device.name for stage in self.stages for module in stage.modules}
         family, covered = find_family(str(self.spec.config.get("model_type"))), DeviceMap(devices)
         for name in family.weightless if family is not None else ():
@@ -111,6 +126,7 @@ class Plan:
             "batch_size": self.workload.sequences,
             "chunk": self.workload.chunk,
             "pages": self.pages,
+            "copied_head_bytes": self.copied_head_bytes,
             "int8": self.spec.int8.to_dict(),
             "notes": list(self.notes),
             "stages": [asdict(stage) | {"headroom_bytes": stage.headroom_bytes} for stage in self.stages],

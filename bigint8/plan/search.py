@@ -122,9 +122,9 @@ class _Place:
 class Search:
     """All pipelines over some kinds of devices in some kinds of boxes."""
 
-    def __init__(self, kinds: Sequence[Kind], boxes: Sequence[Boxes]) -> None:
-        """`boxes` name kinds by their index in `kinds`."""
-        self.kinds, self.boxes = kinds, boxes
+    def __init__(self, kinds: Sequence[Kind], boxes: Sequence[Boxes], ring: bool = False) -> None:
+        """`boxes` name kinds by their index in `kinds`. ring: the last of several stages hands over to the first."""
+        self.kinds, self.boxes, self._ring = kinds, boxes, ring
         self.blocks = len(kinds[0].seconds)
         self.devices = sum(box.boxes * number for box in boxes for _, number in box.devices)
         self._start = _Place(tuple(box.boxes for box in boxes), -1, (), -1, 0)
@@ -163,13 +163,14 @@ class Search:
 
     # --- the slowest stage ---------------------------------------------------------------------------------------
 
-    def fastest_stages(self) -> tuple[float, list[Pick]] | None:
-        """The seconds of the slowest stage and the stages, on as few devices as that takes; None if nothing fits.
+    def fastest_stages(self, below: float = inf) -> tuple[float, list[Pick]] | None:
+        """The seconds of the slowest stage and the stages, on as few devices as that takes; None if nothing fits that
+        takes less than `below`.
 
         Hops do not count: they overlap with what the stages compute.
         """
         most = min(self.devices, self.blocks)
-        found = self._stages_within(inf, most)
+        found = self._stages_within(below * (1 - 2 * TOLERANCE), most)
         if found is None:
             return None
         times = self._times(self._slowest(found))
@@ -223,10 +224,11 @@ class Search:
 
     # --- the sum of all ------------------------------------------------------------------------------------------
 
-    def shortest_way(self) -> tuple[float, list[Pick]] | None:
-        """The seconds of all stages and hops together and the stages; None if nothing fits."""
+    def shortest_way(self, below: float = inf) -> tuple[float, list[Pick]] | None:
+        """The seconds of all stages and hops together and the stages; None if nothing fits that takes less than
+        `below`."""
         bound = _Bound(self.kinds, self.boxes)
-        enough = self._quick_way(bound) * (1 + TOLERANCE)
+        enough = min(self._quick_way(bound) * (1 + TOLERANCE), below * (1 - TOLERANCE))
         numbers = count()
         waiting = [(0.0, 0, next(numbers), 0.0, self._start, 0)]
         best: dict[tuple[_Place, int], float] = {(self._start, 0): 0.0}
@@ -240,7 +242,7 @@ class Search:
             for after, hop in self._moves(place):
                 kind, left = self.kinds[after.kind], tuple(self._left(after))
                 for last in range(kind.furthest(first), first, -1):
-                    seconds = so_far + hop + kind.stage_seconds(first, last)
+                    seconds = so_far + hop + kind.stage_seconds(first, last) + self._back(place, after, last)
                     estimate = seconds + bound.of(last, left)
                     if estimate > enough:
                         if estimate == inf:
@@ -260,12 +262,25 @@ class Search:
                 last = self.kinds[after.kind].furthest(first)
                 if last > first:
                     seconds = so_far + hop + self.kinds[after.kind].stage_seconds(first, last)
+                    seconds += self._back(place, after, last)
                     steps.append((seconds + bound.of(last, tuple(self._left(after))), -last, seconds, after))
             if not steps:
                 return inf
             _, negative, so_far, place = min(steps, key=lambda step: step[:2])
             first = -negative
         return so_far
+
+    def _back(self, place: _Place, after: _Place, last: int) -> float:
+        """The part of the hop from the last stage to the first that is known with this device: in a ring of several."""
+        if not self._ring or (not place.used and last == self.blocks):
+            return 0.0
+        kind, box, opened = self.kinds[after.kind], self.boxes[after.box], sum(self._start.closed) - sum(after.closed)
+        seconds = 0.0 if place.used else kind.enter
+        if opened == 2 and after.closed != place.closed:
+            seconds += self.boxes[place.box].enter  # which is the first stage's
+        if last == self.blocks:
+            seconds += kind.leave + (box.hop if opened == 1 else box.leave)
+        return seconds
 
     def _way(self, came: dict[tuple[_Place, int], tuple[_Place, int]], place: _Place) -> list[Pick]:
         picks, last = [], self.blocks

@@ -21,6 +21,7 @@ class ModelSpec:
     config: what config.json holds; stored: the float dtype of most of its weights
     int8: the settings, the stored threshold of an int8 checkpoint included
     layout: its modules and their sizes, None for a family that cannot be cut
+    one_process: its stages will be in one process, which has each tensor once
     """
 
     name: str
@@ -30,6 +31,7 @@ class ModelSpec:
     int8: Int8Config
     access: Access
     layout: Layout | None
+    one_process: bool = False
 
     @property
     def max_context(self) -> int | None:
@@ -41,7 +43,7 @@ class ModelSpec:
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the token embeddings' matrix."""
+        """Whether the output head is the token embeddings' matrix, in the first stage."""
         return self.known_layout.tied
 
     @property
@@ -70,6 +72,13 @@ class ModelSpec:
         if layout == self.known_layout:
             return None
         return replace(self, int8=self.int8.model_copy(update={"int8_head": True}), layout=layout)
+
+    def with_copied_head(self) -> "ModelSpec | None":
+        """This model with a copy of its embeddings in the last stage as output head; None where the two are not tied,
+        and in one process."""
+        if not self.tied or self.one_process:
+            return None
+        return replace(self, layout=self.known_layout.with_copied_head())
 
 
 def spec_of(

@@ -1,6 +1,6 @@
 """The part of a worker that takes steps from the stage before, runs its own, and sends them on.
 
-    driver -> stage 0 -> ... -> last stage -> driver        with a head of its own
+    driver -> stage 0 -> ... -> last stage -> driver        with a head of its own, or a copy of the embeddings
     driver -> stage 0 -> ... -> last stage -> stage 0 -> driver        where the head is tied to the embeddings
 
 Each arrow is a link. The driver has one to every stage, on which that stage answers: with tokens or logits, with

@@ -45,7 +45,7 @@ class RunningStage:
         check_planned_bytes(planned, stage.slots)
         offload = offload_of([planned], stage.slots, family)
         self.report = fill(checkpoint, skeleton, stage.slots, lambda name: device, on_progress, None, offload)
-        if stage.has_head:
+        if stage.is_first and stage.has_head:
             skeleton.tie()
         move_buffers(stage, lambda name: device)
         prepare_kernels(stage, plan.workload.most_rows)
