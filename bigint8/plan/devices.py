@@ -37,7 +37,8 @@ class Box:
     """A machine that holds devices.
 
     network_bytes_per_s, network_seconds: its link to other boxes, and half of what a message takes besides its bytes
-    host_bytes: of its memory that weights may take which no device holds; disk_bytes_per_s: of where checkpoints are
+    host_bytes: of its memory that weights may take which no device holds; disk_bytes: of its disk, likewise
+    disk_bytes_per_s: of where checkpoints are
     nvlink_bytes_per_s: between its GPUs, one way; 0 where copies go through the host's memory
     """
 
@@ -46,6 +47,7 @@ class Box:
     network_seconds: float = 50e-6
     host_bytes: int = 0
     disk_bytes_per_s: float = 3e9
+    disk_bytes: int = 0
     nvlink_bytes_per_s: float = 0.0
 
 
