@@ -64,7 +64,7 @@ def test_gpus_of_nodes_are_counted_over_all_boxes_and_leave_their_hosts_some_mem
     ]
     assert [box.host_bytes // GIB for box in cluster.boxes] == [31, 62, 15]
     assert [box.disk_bytes // GIB for box in cluster.boxes] == [100, 900, 10]
-    assert [box.network_bytes_per_s for box in cluster.boxes] == [1e9, 1e9, 1e8]  # the first is as fast as the fastest
+    assert [box.network_bytes_per_s for box in cluster.boxes] == [1e9, 1e9, 1e8]  # one is as fast as the fastest
     assert [box.network_seconds for box in cluster.boxes] == [2e-5, 2e-5, 1e-4]
     (box,) = read_cluster(count=2).boxes  # as few boxes as hold them
     assert (box.name, box.network_bytes_per_s) == ("tower", Box().network_bytes_per_s)

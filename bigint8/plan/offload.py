@@ -122,7 +122,7 @@ def offload_is_not_enough(plan: Plan, spill: Spill) -> str:
         there = spill.of(box)
         host = f"{readable(there.host_bytes)} of the host's memory and " if stage.device.kind == "cuda" else ""
         return (
-            f"Its blocks may be offloaded: that takes up to {readable(sum(sizes))} for stage {stage.index}, and on "
+            f"Its blocks may be offloaded: that takes up to {readable(sum(sizes))} for stage {stage.index}, and in "
             f"{box.name} there are {host}{readable(there.disk_bytes)} of the disk. What would help: room there, where "
             "offload_folder= says, or BIGINT8_CACHE"
         )

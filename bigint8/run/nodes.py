@@ -155,26 +155,27 @@ def boxes_of(nodes: Sequence[tuple[str, str]]) -> dict[str, Box]:
 
 
 def linked_boxes(nodes: Iterable[tuple[str, str]]) -> dict[str, Box]:
-    """A box for each node, by its id, from (id, host), with what was measured from the first to each other one.
-
-    The first is as fast as the fastest. One node alone is not measured. Raises WorkerError for nodes that do not reach
-    each other.
-    """
-    unique = sorted(set(nodes), key=lambda node: (node[1], node[0]))
-    boxes = boxes_of(unique)
-    if len(unique) < 2:
-        return boxes
-    (first, _), *others = unique
-    speeds = {node: measure_link(first, node) for node, _ in others}
-    fastest = max(speeds.values(), key=lambda speed: speed.bytes_per_s)
-    return {
-        node: replace(box, network_bytes_per_s=speed.bytes_per_s, network_seconds=speed.seconds / 2)
-        for node, box in boxes.items()
-        for speed in (speeds.get(node, fastest),)
-    }
+    """A box for each node, by its id, from (id, host), with its link as measured. Raises as `measure_links`."""
+    boxes = boxes_of(sorted(nodes))
+    for node, speed in measure_links(boxes).items():
+        boxes[node] = replace(boxes[node], network_bytes_per_s=speed.bytes_per_s, network_seconds=speed.seconds / 2)
+    return boxes
 
 
 # --- links ---
+
+
+def measure_links(nodes: Iterable[str]) -> dict[str, LinkSpeed]:
+    """The link of each of these nodes, by their ids: from one of them to each other; its own is the fastest of these.
+
+    One node alone is not measured, and a link is measured once in this process. Raises WorkerError for nodes that do
+    not reach each other.
+    """
+    first, *others = sorted(set(nodes))
+    speeds = {node: measure_link(first, node) for node in others}
+    if speeds:
+        speeds[first] = max(speeds.values(), key=lambda speed: speed.bytes_per_s)
+    return speeds
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..errors import BigInt8Error, CheckpointError, WorkerDied, WorkerError
@@ -23,7 +23,7 @@ from ..plan.spec import ModelSpec
 from .cluster import connect, pick
 from .cores import Share
 from .doors import HELLO_SECONDS, new_secret
-from .nodes import box_with, linked_boxes
+from .nodes import box_with, linked_boxes, measure_links
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -105,6 +105,8 @@ class Pipeline:
                 f"the cluster gave no place for {count} x {bundle} within {START_SECONDS} s; other jobs may hold it "
                 "(ray status shows them)"
             )
+        # before the workers import what they need, which would be measured with the links
+        measure_links(placement_group_table(self._group)["bundles_to_node_id"].values())
         self._workers = [self._new_worker(i) for i in range(count)]
         infos = self._get([worker.describe.remote() for worker in self._workers], START_SECONDS)
         order = sorted(range(count), key=lambda i: (infos[i].host, infos[i].node, infos[i].gpu, i))
