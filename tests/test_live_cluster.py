@@ -15,11 +15,15 @@ from pathlib import Path
 import pytest
 from commands import assert_refused
 from folders import save_tokenizer
+from rich.console import Console
 from tiny import save_tiny
 
 from bigint8 import launch, plan_command
+from bigint8.plan.clusters import load_cluster
 from bigint8.plan.devices import Box
 from bigint8.run import cluster as ray_cluster
+from bigint8.terminal.cluster_table import print_cluster
+from bigint8.units import GIB
 
 SHM = Path("/dev/shm")
 
@@ -175,6 +179,21 @@ def test_a_process_that_reads_a_cluster_leaves_it(environment, address):
         "assert len(read_cluster_at(sys.argv[1], count=1).boxes) == 1\n"
     )
     run_there(environment, "-c", program, address)
+
+
+def test_the_table_has_what_boxes_hold_and_links_only_between_several(capsys):
+    devices = load_cluster("mixed-3060-3090-4090").devices
+    boxes = list({device.box: None for device in devices})
+    assert len(boxes) > 1 and boxes[0].host_bytes > 0
+    print_cluster(Console(width=200), devices)
+    out = capsys.readouterr().out
+    for box in boxes:
+        (line,) = [line for line in out.splitlines() if line.startswith(f" {box.name} ")]
+        assert f" {box.host_bytes / GIB:.1f} " in line and f" {box.network_bytes_per_s / 1e9:.3g} " in line
+    alone = [device for device in devices if device.box == boxes[0]]
+    print_cluster(Console(width=200), alone)
+    out = capsys.readouterr().out
+    assert "1 box;" in out and boxes[0].name in out and "link" not in out
 
 
 # --- what cannot be read ---------------------------------------------------------------------------------------------
