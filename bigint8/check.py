@@ -71,8 +71,8 @@ def plan_stages(spec: ModelSpec, flags: PlanFlags) -> tuple[Plan | None, str]:
         model_type = spec.config["model_type"]
         return None, f"model type {model_type!r} cannot be cut into stages: it loads in one process only"
     try:
-        devices, note = flags.devices_to_plan_for(spec)
-        return make_plan(spec, devices, flags.workload(spec)), note or ""
+        there = flags.devices_to_plan_for(spec)
+        return make_plan(spec, there.devices, flags.workload(spec), spill=there.spill), there.note or ""
     except PlanError as error:
         return None, f"no plan: {with_flags(str(error))}"
 

@@ -20,6 +20,7 @@ from .model_pipeline import ModelPipeline
 from .options import DEFAULT_THRESHOLD, Cluster, DeviceKind, Int8Config
 from .plan.cut import make_plan
 from .session import FoundModel, find_model
+from .terminal.cluster_table import print_cluster
 from .terminal.flags import (
     AccessFlags,
     Int8Head,
@@ -58,7 +59,6 @@ class LaunchFlags(AccessFlags, PlanFlags):
         Path | None,
         typer.Option(help="A file that says what ran when, for https://ui.perfetto.dev: loading, steps, hops."),
     ] = None
-    address: Annotated[str | None, typer.Option(help="An existing Ray cluster; by default a local one starts.")] = None
 
     def int8(self) -> Int8Config:
         chosen: dict[str, Any] = {"int8_head": True} if self.int8_head else {}
@@ -84,10 +84,12 @@ def launch(flags: LaunchFlags) -> None:
 
 
 def _plan_only(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
-    devices, note = flags.devices_to_plan_for(found.spec, flags.device)
-    if note:
-        console.print(note, soft_wrap=True)
-    plan = make_plan(found.spec, devices, flags.workload(found.spec))
+    there = flags.devices_to_plan_for(found.spec, flags.device)
+    if there.is_live:
+        print_cluster(console, there.devices)
+    if there.note:
+        console.print(there.note, soft_wrap=True)
+    plan = make_plan(found.spec, there.devices, flags.workload(found.spec), spill=there.spill)
     print_plan(console, plan)
     write_json(flags.json_file, {"model": flags.model, "plan": plan.to_dict()})
 
@@ -96,6 +98,8 @@ def _run(console: Console, found: FoundModel, flags: LaunchFlags) -> None:
     started = time.perf_counter()
     cluster = Cluster(flags.device, flags.address)
     with ModelPipeline(found, flags.gpus, flags.workload(found.spec), cluster, flags.trace) as pipeline:
+        if flags.address is not None:
+            print_cluster(console, pipeline.devices)
         if pipeline.note:
             console.print(pipeline.note)
         print_plan(console, pipeline.plan)

@@ -13,7 +13,7 @@ from .errors import BigInt8Error
 from .options import Access, Cluster, Int8Config, Workload
 from .plan.cut import make_plan
 from .plan.devices import Device, cpu_device, find_devices
-from .plan.offload import spill_here
+from .plan.offload import spill_here, spill_of_boxes
 from .plan.plan import Plan
 from .session import FoundModel, find_model, load_here, warm_up
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class ModelPipeline:
     """A model over its devices: planned when this is made, loaded by `load`; a context manager that ends it.
 
-    plan: which stage lives where; note: where that is not quite what was asked for
+    devices: what there is to plan for; plan: which stage lives where; note: where that is not quite what was asked for
     model: the transformers model that runs there, once it is loaded: all of `generate()` works on it
     engine: what runs the requests of many callers together, once it is loaded
     reports: what loading did, for each stage
@@ -68,12 +68,13 @@ class ModelPipeline:
         found.opened()
         workload = workload or found.spec.workload()
         if cluster.address is None:
-            devices, self.note = find_devices(cluster.device, gpus)
-            self.plan = self._plan_for(devices, workload)
+            self.devices, self.note = find_devices(cluster.device, gpus)
+            spill = spill_here(found.spec, cpu_device().usable_bytes)
+            self.plan = make_plan(found.spec, self.devices, workload, spill=spill)
             return
         workers = self._start(gpus, cluster)
         try:
-            self.plan = self._plan_for(workers.devices(), workload)
+            self.plan = self._plan_for(workers, workload)
         except BaseException:
             self.close()
             raise
@@ -91,9 +92,8 @@ class ModelPipeline:
         if self._workers is None and len(self.plan.stages) > 1:
             kind = self.plan.stages[0].device.kind
             workers = self._start(len(self.plan.stages), Cluster("cuda" if kind == "cuda" else "cpu"))
-            there = workers.devices()  # what they say themselves: the GPUs may come in another order
-            if not _as_planned(self.plan, there):
-                self.plan = self._plan_for(there, self.plan.workload)
+            if not _as_planned(self.plan, workers.devices()):  # the GPUs may come in another order
+                self.plan = self._plan_for(workers, self.plan.workload)
                 self.note = "planned again, for the devices that the workers have"
 
     def load(self, progress: bool = True) -> "list[LoadReport]":
@@ -227,13 +227,11 @@ class ModelPipeline:
         self._trace.write(self._trace_file)
         self._trace = None
 
-    def _plan_for(self, devices: Sequence[Device], workload: Workload) -> Plan:
-        """The best plan; where nothing else fits, with blocks in the memory of the host and in files.
-
-        What there is of both is looked at on this machine. A worker on another one that has less refuses its stage.
-        """
-        spill = spill_here(self.found.spec, cpu_device().usable_bytes)
-        return make_plan(self.found.spec, devices, workload, spill=spill)
+    def _plan_for(self, workers: "Pipeline", workload: Workload) -> Plan:
+        """The best plan for what the workers have; where nothing else fits, with blocks in the memory and on the disk
+        of their own boxes."""
+        self.devices = workers.devices()
+        return make_plan(self.found.spec, self.devices, workload, spill=spill_of_boxes(self.found.spec))
 
     def _start(self, count: int | None, cluster: Cluster) -> "Pipeline":
         from .run.pipeline import Pipeline

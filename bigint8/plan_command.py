@@ -1,7 +1,7 @@
 """Plan a model over devices that need not be here: what goes where, how fast it would be, pictures of it.
 
-python -m bigint8.plan MODEL [--gpus N --gpu-type NAME | --cluster NAME_OR_FILE] [--objective throughput|latency]
-    [--json FILE] [--picture FILE.png|svg|html] [--device-map] [--compare accelerate]
+python -m bigint8.plan MODEL [--gpus N --gpu-type NAME | --cluster NAME_OR_FILE | --address RAY]
+    [--objective throughput|latency] [--json FILE] [--picture FILE.png|svg|html] [--device-map] [--compare accelerate]
     [--simulate --requests R --rate X --pipelines N]
 """
 
@@ -21,6 +21,7 @@ from .plan.pictures import draw
 from .session import find_model
 from .simulation.load import Failures, Load
 from .simulation.simulate import simulate
+from .terminal.cluster_table import print_cluster
 from .terminal.flags import (
     AccessFlags,
     Int8Head,
@@ -96,18 +97,21 @@ def plan(flags: PlanCommandFlags) -> None:
     console = new_console()
     int8 = Int8Config(dtype=flags.dtype, int8_head=flags.int8_head or None)
     spec = find_model(flags.model, int8, flags.access(), weights=False).spec
-    devices, note = flags.devices_to_plan_for(spec)
+    there = flags.devices_to_plan_for(spec)
     work, load = flags.workload(spec), flags.load()
-    made = make_plan(replace(spec, one_process=flags.device_map), devices, work, flags.objective)
+    wanted = replace(spec, one_process=flags.device_map)
+    made = make_plan(wanted, there.devices, work, flags.objective, there.spill)
     if flags.device_map:
         print(json.dumps(made.device_map(), indent=2))
         return
-    if note:
-        console.print(note, soft_wrap=True)
+    if there.is_live:
+        print_cluster(console, there.devices)
+    if there.note:
+        console.print(there.note, soft_wrap=True)
     times = print_plan_with_times(console, made)
     result: dict[str, Any] = {"model": flags.model, "plan": made.to_dict(), "times": asdict(times)}
     if flags.compare is not None:
-        compared = compare(spec, devices, work)
+        compared = compare(spec, there.devices, work)
         print_compared(console, [compared])
         result["compared"] = asdict(compared)
     if flags.simulate:
@@ -115,7 +119,7 @@ def plan(flags: PlanCommandFlags) -> None:
         print_simulated(console, found)
         result["simulated"] = found.to_dict()
     if flags.picture is not None:
-        draw(made, flags.picture, devices, flags.objective)
+        draw(made, flags.picture, there.devices, flags.objective)
         console.print(f"drawn: {flags.picture}", soft_wrap=True)
     write_json(flags.json_file, result)
 

@@ -1,6 +1,7 @@
 """A live Ray cluster as boxes and devices: what its nodes say of themselves, and what is measured between them."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 import ray
@@ -8,18 +9,18 @@ import ray
 from bigint8 import WorkerError
 from bigint8.options import Workload
 from bigint8.plan.cut import make_plan
-from bigint8.plan.devices import HOST_RESERVE_BYTES, Device, available_memory, cpu_device, cuda_devices
+from bigint8.plan.devices import HOST_RESERVE_BYTES, Box, Device, available_memory, cpu_device, cuda_devices
 from bigint8.run import nodes
 from bigint8.run.doors import LOOPBACK, Door, Hello, Role, knock, new_secret
-from bigint8.run.nodes import LINK_BYTES, boxes_of, look, measure_link, read_cluster, send_over
+from bigint8.run.nodes import LINK_BYTES, boxes_of, look, measure_link, read_cluster, send_over, share_out
 from bigint8.session import find_model
 from bigint8.units import GIB
 
 
 def test_the_nodes_of_a_cluster_are_boxes_with_their_devices(pipeline):
-    cluster = read_cluster()
+    cluster = read_cluster("cpu")
     (box,) = cluster.boxes
-    assert box.name == socket.gethostname()
+    assert box.name == socket.gethostname() and box.disk_bytes > 0
     if not cuda_devices():
         (device,) = cluster.devices
         assert (device.name, device.model, device.box) == ("cpu", cpu_device().model, box)
@@ -35,20 +36,21 @@ def test_workers_of_one_node_share_a_box(pipeline):
 
 
 def test_gpus_of_nodes_are_counted_over_all_boxes_and_leave_their_hosts_some_memory(monkeypatch):
-    """What Ray would bring from three nodes, two of which have GPUs and share a host."""
+    """What Ray would bring from four nodes, two of which share a host and one of which has no GPU."""
     gpu = Device("cuda:0", "NVIDIA GeForce RTX 3090", 24 * GIB, "bfloat16")
     one_more = Device("cuda:1", "NVIDIA GeForce RTX 3060", 12 * GIB, "bfloat16")
     there = {
-        "b" * 56: nodes.Node("b" * 56, "tower", 64 * GIB, cpu_device(), (gpu, one_more)),
-        "a" * 56: nodes.Node("a" * 56, "tower", 32 * GIB, cpu_device(), (gpu,)),
-        "c" * 56: nodes.Node("c" * 56, "laptop", 16 * GIB, cpu_device(), ()),
+        "b" * 56: nodes.Node("b" * 56, "tower", 64 * GIB, 900 * GIB, cpu_device(), (gpu, one_more)),
+        "a" * 56: nodes.Node("a" * 56, "tower", 32 * GIB, 100 * GIB, cpu_device(), (gpu,)),
+        "f" * 56: nodes.Node("f" * 56, "vault", 16 * GIB, 10 * GIB, cpu_device(), (gpu,)),
+        "c" * 56: nodes.Node("c" * 56, "laptop", 16 * GIB, 50 * GIB, cpu_device(), ()),
     }
     listed = [
         {"Alive": True, "NodeID": node.id, "NodeManagerHostname": node.host, "Resources": {"GPU": len(node.gpus)}}
         for node in there.values()
     ]
     listed.append({"Alive": False, "NodeID": "d" * 56, "NodeManagerHostname": "gone", "Resources": {}})
-    speeds = {"b" * 56: nodes.LinkSpeed(1e9, 4e-5), "a" * 56: nodes.LinkSpeed(1e8, 2e-4)}
+    speeds = {"b" * 56: nodes.LinkSpeed(1e9, 4e-5), "f" * 56: nodes.LinkSpeed(1e8, 2e-4)}
     monkeypatch.setattr(ray, "nodes", lambda: listed)
     monkeypatch.setattr(nodes, "_on", lambda node, _: _Answers(there[node]))
     monkeypatch.setattr(nodes, "_get", lambda reference, _: reference)
@@ -58,10 +60,19 @@ def test_gpus_of_nodes_are_counted_over_all_boxes_and_leave_their_hosts_some_mem
         ("cuda:0", "tower (aaaaaaaa)"),
         ("cuda:1", "tower (bbbbbbbb)"),
         ("cuda:2", "tower (bbbbbbbb)"),
+        ("cuda:3", "vault"),
     ]
-    assert [box.host_bytes // GIB for box in cluster.boxes] == [31, 62]
-    assert [box.network_bytes_per_s for box in cluster.boxes] == [1e8, 1e9]
-    assert [box.network_seconds for box in cluster.boxes] == [1e-4, 2e-5]
+    assert [box.host_bytes // GIB for box in cluster.boxes] == [31, 62, 15]
+    assert [box.disk_bytes // GIB for box in cluster.boxes] == [100, 900, 10]
+    assert [box.network_bytes_per_s for box in cluster.boxes] == [1e9, 1e9, 1e8]  # one is as fast as the fastest
+    assert [box.network_seconds for box in cluster.boxes] == [2e-5, 2e-5, 1e-4]
+    (box,) = read_cluster(count=2).boxes  # as few boxes as hold them
+    assert (box.name, box.network_bytes_per_s) == ("tower", Box().network_bytes_per_s)
+    with pytest.raises(WorkerError, match="gpus=5: the cluster has 4 GPUs"):
+        read_cluster(count=5)
+    there["a" * 56] = replace(there["a" * 56], gpus=())
+    with pytest.raises(WorkerError, match="node tower: Ray has 1 GPUs to give there, and 0 can be seen"):
+        read_cluster()
 
 
 class _Answers:
@@ -69,8 +80,8 @@ class _Answers:
         self._node = node
 
     def remote(self, gpus):
-        assert gpus == len(self._node.gpus)
-        return self._node
+        assert gpus <= len(self._node.gpus) or not self._node.gpus
+        return replace(self._node, gpus=self._node.gpus[:gpus])
 
 
 def test_a_node_without_gpus_in_ray_shows_none_and_its_environment_stays(pipeline, monkeypatch):
@@ -91,6 +102,44 @@ def test_a_link_to_a_node_that_is_gone_says_which(pipeline, monkeypatch):
     monkeypatch.setattr(nodes, "NODE_SECONDS", 5)
     with pytest.raises(WorkerError, match=f"node {'e' * 56}"):
         measure_link(ray.get_runtime_context().get_node_id(), "e" * 56)
+
+
+def test_a_node_that_does_not_answer_is_named(pipeline, monkeypatch):
+    monkeypatch.setattr(nodes, "NODE_SECONDS", 0.0)
+    with pytest.raises(
+        WorkerError, match=rf"node {socket.gethostname()} \(.*\) did not answer within 0.0 s; ray status"
+    ):
+        read_cluster("cpu")
+
+
+def test_a_link_that_a_firewall_closes_is_told_with_both_nodes(pipeline, monkeypatch):
+    """Nothing listens where the far end says that it does."""
+    node = ray.get_runtime_context().get_node_id()
+
+    class Nowhere:
+        def __init__(self, _):
+            with socket.create_server(("127.0.0.1", 0)) as listening:
+                self.there = listening.getsockname()
+
+        def address(self):
+            return self.there
+
+    monkeypatch.setattr(nodes, "LinkEnd", Nowhere)
+    measure_link.cache_clear()
+    host = socket.gethostname()
+    with pytest.raises(WorkerError, match=rf"node {host} .* does not reach node {host} .* refused.* firewalls"):
+        measure_link(node, node)
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "shares"),
+    [
+        ("cuda", 2, {"b": 2}), ("cuda", 5, {"b": 4, "c": 1}), ("cuda", 7, {"a": 1, "b": 4, "c": 2}),
+        ("cpu", 1, {"a": 1}), ("cpu", 3, {"a": 1, "b": 1, "c": 1}), ("cpu", 5, {"a": 1, "b": 2, "c": 2}),
+    ],
+)  # fmt: skip
+def test_gpus_are_taken_from_few_nodes_and_cpus_from_many(kind, workers, shares):
+    assert share_out({"a": 1, "b": 4, "c": 2}, workers, kind) == shares
 
 
 @pytest.fixture

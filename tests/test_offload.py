@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,10 +24,12 @@ from transformers import AutoModelForCausalLM
 from bigint8 import BigInt8Error, Int8Config, PlanError, Workload, load_sharded_int8, open_pipeline
 from bigint8.load import device_map
 from bigint8.model import offload
-from bigint8.options import PREFILL_CHUNK
+from bigint8.model_pipeline import ModelPipeline
+from bigint8.options import PREFILL_CHUNK, Cluster
 from bigint8.plan.cut import make_plan
 from bigint8.plan.offload import Spill
-from bigint8.plan.plan import Stage
+from bigint8.plan.plan import Plan, Stage
+from bigint8.run.pipeline import Pipeline
 from bigint8.run.stages import LocalStages
 from bigint8.session import find_model, quantize
 from bigint8.terminal.tables import print_plan
@@ -206,6 +209,26 @@ def test_what_is_offloaded_is_said(tmp_path):
     model = load(tmp_path, 1)
     assert any("offloaded as int8, of 5 blocks: 3 in files" in note for note in model.plan.notes)
     assert list(model.hf_device_map.values()).count("disk") == 3
+
+
+@pytest.mark.usefixtures("on_running_workers")
+def test_workers_of_a_cluster_offload_onto_the_disks_of_their_own_boxes(pipeline, monkeypatch, tmp_path):
+    tiny_model("llama", False, num_hidden_layers=9).save_pretrained(tmp_path)
+    found = find_model(tmp_path, Int8Config(dtype="float32", int8_head=False))
+    device = pipeline.devices()[0]
+    (whole,) = make_plan(found.spec, [device], WORK).stages
+    block = found.spec.known_layout.blocks[0].part.int8_values
+
+    def plan_with(disk_bytes: int) -> Plan:
+        box = replace(device.box, disk_bytes=disk_bytes)
+        tight = replace(device, usable_bytes=whole.needed_bytes - 2 * block, box=box)
+        monkeypatch.setattr(Pipeline, "devices", lambda _: [tight])
+        with ModelPipeline(found, 1, WORK, Cluster("cpu", "a cluster")) as model:
+            return model.plan
+
+    assert device.box.disk_bytes > 0 and plan_with(device.box.disk_bytes).stages[0].disk_blocks
+    with pytest.raises(PlanError, match=f"in {socket.gethostname()} there are 0 bytes of the disk"):
+        plan_with(0)
 
 
 def test_too_little_for_two_buffers_is_refused_with_the_numbers(tmp_path):

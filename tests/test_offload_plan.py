@@ -13,7 +13,7 @@ from bigint8.options import Int8Config, Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import Box, Device, preset_gpus
 from bigint8.plan.draft import Draft
-from bigint8.plan.offload import Spill, offloaded_blocks
+from bigint8.plan.offload import Spill, offloaded_blocks, spill_of_boxes
 from bigint8.plan.predict import PlanTimes
 from bigint8.plan.search import Kind, Search
 from bigint8.plan.speed import UNKNOWN_CORE
@@ -128,6 +128,29 @@ def test_memory_of_the_host_comes_before_the_disk_and_each_box_has_its_own():
     by_box = {stage.device.box.name: stage for stage in stages}
     assert by_box["a"].host_blocks and not by_box["a"].disk_blocks
     assert by_box["b"].disk_blocks and not by_box["b"].host_blocks
+
+
+def test_boxes_that_say_what_they_hold_are_held_to_it_and_one_that_lacks_room_is_named():
+    """As of a live cluster: what the machine that plans has does not count."""
+    spec, none = spec_with([200_000_000] * 20), spill_of_boxes(spec_with([1]))
+    assert none == Spill()
+    there = Box("there", disk_bytes=2**40)
+    devices = [replace(device, box=there) for device in devices_with([900_000_000] * 2)]
+    stages = make_plan(spec, devices, SHORT, spill=none).stages
+    assert all(stage.disk_blocks for stage in stages)
+    taken = sum(stage.disk_bytes for stage in stages)
+    devices = [replace(device, box=replace(there, disk_bytes=taken - 1)) for device in devices]
+    with pytest.raises(PlanError, match=r"in there there are 0 bytes of the host's memory and .* of the disk"):
+        make_plan(spec, devices, SHORT, spill=none)
+
+
+def test_an_int8_checkpoint_needs_no_room_on_the_disks_of_boxes_that_say_what_they_hold():
+    converted = spec_with([200_000_000] * 20)
+    spec = replace(converted, config={"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
+    devices = [replace(device, box=Box("full")) for device in devices_with([900_000_000] * 2)]
+    assert all(stage.disk_blocks for stage in make_plan(spec, devices, SHORT, spill=spill_of_boxes(spec)).stages)
+    with pytest.raises(PlanError, match="in full there are"):
+        make_plan(converted, devices, SHORT, spill=spill_of_boxes(converted))
 
 
 def test_a_step_takes_what_its_bytes_take_on_the_bus_where_that_is_longer():

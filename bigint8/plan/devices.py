@@ -47,7 +47,8 @@ class Box:
     """A machine that holds devices.
 
     network_bytes_per_s, network_seconds: its link to other boxes, and half of what a message takes besides its bytes
-    host_bytes: of its memory that weights may take which no device holds; disk_bytes_per_s: of where checkpoints are
+    host_bytes: of its memory that weights may take which no device holds; disk_bytes: of its disk, likewise
+    disk_bytes_per_s: of where checkpoints are
     cached_bytes, cached_bytes_per_s: of its memory that is left for files that are read again and again, and how fast
         one thread reads them there; more of them than that come from the disk each time
     nvlink_bytes_per_s: between its GPUs, one way; 0 where copies go through the host's memory
@@ -57,6 +58,7 @@ class Box:
     network_bytes_per_s: float = 117e6
     network_seconds: float = 50e-6
     host_bytes: int = 0
+    disk_bytes: int = 0
     disk_bytes_per_s: float = UNKNOWN_DISK.bytes_per_s
     cached_bytes: int = 0
     cached_bytes_per_s: float = UNKNOWN_DISK.cached_bytes_per_s

@@ -133,7 +133,7 @@ class Draft:
         done = []
         for stage in stages:
             box = stage.device.box
-            host, disk = left.setdefault(box, [box.host_bytes or spill.host_bytes, spill.disk_bytes])
+            host, disk = left.setdefault(box, [spill.of(box).host_bytes, spill.of(box).disk_bytes])
             sizes = self._able[stage.first_block : stage.last_block]
             chosen = offloaded_blocks(sizes, -stage.headroom_bytes)
             size = sum(sizes[block] for block in chosen or ())
@@ -232,7 +232,7 @@ class Draft:
         assert self.spill is not None
         missing = sum(self._block_bytes) + self._front_bytes + self._back_bytes
         missing -= sum(max(0, device.usable_bytes - self.workspace(device)) for device in devices)
-        hosts = {device.box: device.box.host_bytes or self.spill.host_bytes for device in devices}
+        hosts = {device.box: self.spill.of(device.box).host_bytes for device in devices}
         found = []
         for kind, device in zip(kinds, examples, strict=True):
             sharing = sum(other.box == device.box for other in devices)

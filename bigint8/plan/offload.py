@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..sources.gguf import cache_folder
 from ..units import readable
-from .devices import Device
+from .devices import Box, Device
 from .plan import Plan, Stage
 from .spec import ModelSpec
 
@@ -22,11 +22,15 @@ BUFFERS = 2
 class Spill:
     """What may hold weights that no device holds, of each box: bytes of its memory and of its disk.
 
-    A box that says itself what its memory may hold (`Box.host_bytes`) is taken at its word.
+    A box that says itself what they may hold (`Box.host_bytes`, `Box.disk_bytes`) is taken at its word.
     """
 
     host_bytes: int = 0
     disk_bytes: int = 0
+
+    def of(self, box: Box) -> "Spill":
+        """What this box may hold. Its disk has at least what is there without it: an int8 checkpoint."""
+        return Spill(box.host_bytes or self.host_bytes, max(box.disk_bytes, self.disk_bytes))
 
 
 def spill_here(spec: ModelSpec, host_bytes: int, folder: Path | None = None) -> Spill:
@@ -36,10 +40,23 @@ def spill_here(spec: ModelSpec, host_bytes: int, folder: Path | None = None) -> 
     """
     if spec.stored_int8:
         return Spill(host_bytes, spec.known_layout.weight_bytes(4))
+    return Spill(host_bytes, free_disk_bytes(folder))
+
+
+def spill_of_boxes(spec: ModelSpec) -> Spill:
+    """Where every box says itself what it may hold, as those of a live cluster do: no more than that.
+
+    An int8 checkpoint is on the disk of each already.
+    """
+    return Spill(0, spec.known_layout.weight_bytes(4) if spec.stored_int8 else 0)
+
+
+def free_disk_bytes(folder: Path | None = None) -> int:
+    """What the disk has free where a file of offloaded weights would be: in `folder`, or beside what is converted."""
     there = (cache_folder() if folder is None else folder).absolute()
     while not there.exists():
         there = there.parent
-    return Spill(host_bytes, shutil.disk_usage(there).free)
+    return shutil.disk_usage(there).free
 
 
 def offloaded_blocks(sizes: Sequence[int], missing: int) -> tuple[int, ...] | None:
@@ -111,11 +128,13 @@ def offload_is_not_enough(plan: Plan, spill: Spill) -> str:
     sizes = [module.part.int8_values for module in blocks]
     least = keep_beside(stage, sizes, range(len(sizes)), "disk")
     if least.headroom_bytes >= 0:
-        host = f"{readable(spill.host_bytes)} of the host's memory and " if stage.device.kind == "cuda" else ""
+        box = stage.device.box
+        there = spill.of(box)
+        host = f"{readable(there.host_bytes)} of the host's memory and " if stage.device.kind == "cuda" else ""
         return (
-            f"Its blocks may be offloaded: that takes up to {readable(sum(sizes))} for stage {stage.index}, and there "
-            f"are {host}{readable(spill.disk_bytes)} of the disk. What would help: room where offload_folder= says, or "
-            "BIGINT8_CACHE"
+            f"Its blocks may be offloaded: that takes up to {readable(sum(sizes))} for stage {stage.index}, and in "
+            f"{box.name} there are {host}{readable(there.disk_bytes)} of the disk. What would help: room there, where "
+            "offload_folder= says, or BIGINT8_CACHE"
         )
     return (
         f"With all its blocks offloaded, stage {stage.index} still needs {readable(least.needed_bytes)}: "

@@ -4,12 +4,13 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray._private import node, parameter, ray_constants, utils
+from ray._private import node, parameter, ray_constants, services, utils
 from ray.exceptions import RayError
 
 from ..errors import WorkerError, in_one_line
@@ -17,6 +18,9 @@ from ..plan.devices import cuda_devices, wait_without_spinning
 
 OBJECT_STORE_BYTES = 2**30
 """Of a cluster that we start: only hidden states and logits pass through it."""
+
+ANSWER_SECONDS = 10.0
+"""How long a cluster's head may take to accept a connection. Ray itself would try for minutes."""
 
 
 def connect(workers: int | None, address: str | None) -> bool:
@@ -31,6 +35,7 @@ def connect(workers: int | None, address: str | None) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is not None:
+            _check_that_somebody_listens(address)
             with _sigterm_as_it_was():
                 ray.init(address=address, **quiet)
         else:
@@ -53,15 +58,48 @@ def connect(workers: int | None, address: str | None) -> bool:
     return True
 
 
+def _check_that_somebody_listens(address: str) -> None:
+    """Raise WorkerError where nothing listens at HOST:PORT. What is written otherwise is for Ray to understand."""
+    where = services.canonicalize_bootstrap_address(address) if address == "auto" else address
+    host, _, port = (where or "").rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        named = "" if where == address else f" at {where}"
+        raise WorkerError(
+            f"address={address}: no Ray cluster answers{named} ({in_one_line(error)}); ray start --head starts one and "
+            "says its address, whose port is 6379 unless told otherwise"
+        ) from None
+
+
+def places(kind: str) -> dict[str, int]:
+    """How many workers of a kind each node of the cluster has place for, by its id; those that have none are left out.
+
+    As Ray counts its GPUs or CPUs, whoever uses them now.
+    """
+    resource = "GPU" if kind == "cuda" else "CPU"
+    found = {node["NodeID"]: int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]}
+    return {node: count for node, count in found.items() if count}
+
+
 def pick(workers: int | None, device: str) -> tuple[str, int]:
     """The kind of device and the number of workers, from what is asked for and what the cluster has.
 
-    Raises WorkerError where it has too little.
+    By default these are all GPUs, or a CPU worker on each node where there is none. Raises WorkerError where it has too
+    little.
     """
-    there = ray.cluster_resources()
-    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    gpus, on_cpus = sum(places("cuda").values()), places("cpu")
+    cpus = sum(on_cpus.values())
     kind = device if device != "auto" else ("cuda" if gpus else "cpu")
-    workers = workers or (gpus if kind == "cuda" and gpus else 1)
+    if kind == "cuda" and not gpus:
+        asked = "device=cuda" if workers is None else f"gpus={workers}"
+        raise WorkerError(
+            f"{asked}: the cluster has 0 GPUs, as Ray counts them; ray start --num-gpus N on their node tells it, "
+            "device=cpu runs on CPUs"
+        )
+    workers = workers or (gpus if kind == "cuda" else max(1, len(on_cpus)))
     if kind == "cuda" and gpus < workers:
         raise WorkerError(f"gpus={workers}: the cluster has {gpus} GPUs; name at most that many, or device=cpu")
     if kind == "cpu" and cpus < workers:

@@ -4,25 +4,29 @@ A small task on each node looks. The network is measured over a connection of ou
 node to each other one, once.
 """
 
+import itertools
 import os
+import re
 import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count
 from statistics import median
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import WorkerError, in_one_line
+from ..options import DeviceKind
 from ..plan.clusters import Machines
-from ..plan.devices import HOST_RESERVE_BYTES, Box, Device, available_memory, cpu_device, cuda_devices
+from ..plan.devices import HOST_RESERVE_BYTES, Box, Device, available_memory, cpu_device, cuda_devices, share_of
+from ..plan.offload import free_disk_bytes
+from .cluster import connect, pick, places
 from .doors import Door, Hello, Role, knock, new_secret, welcome
 
 NODE_SECONDS = 120
@@ -35,15 +39,20 @@ LINK_BYTES, LINK_SENDS, LINK_PINGS = 8 * 2**20, 3, 20
 """What is sent to measure a link, how often, and how many short messages before."""
 
 _SIZE = struct.Struct("<q")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a node says of itself. `host_bytes`: the memory that can be had there now, the CPU's workers' included."""
+    """What a node says of itself. `host_bytes`: the memory that can be had there now, the CPU's workers' included.
+
+    disk_bytes: what its disk has free for offloaded weights
+    """
 
     id: str
     host: str
     host_bytes: int
+    disk_bytes: int
     cpu: Device
     gpus: tuple[Device, ...]
 
@@ -56,32 +65,78 @@ class LinkSpeed:
     seconds: float
 
 
-def read_cluster() -> Machines:
-    """The boxes and devices of the Ray cluster that this process is connected to: GPUs, or CPUs where it has none.
+def read_cluster_at(address: str, device: DeviceKind = "auto", count: int | None = None) -> Machines:
+    """`read_cluster` of the cluster at an address, to which this process is connected meanwhile. Raises WorkerError."""
+    began = connect(None, address)
+    try:
+        return read_cluster(device, count)
+    finally:
+        if began:
+            ray.shutdown()
 
-    Devices are named cuda:0 and on over all boxes. Raises WorkerError for a node that does not answer.
+
+def read_cluster(device: DeviceKind = "auto", count: int | None = None) -> Machines:
+    """The boxes and devices of the Ray cluster that this process is connected to, as `count` workers would have them.
+
+    By default these are all its GPUs, or a CPU of each node where it has none. Fewer GPUs are of as few boxes as hold
+    them, fewer CPUs of as many as there are. GPUs are named cuda:0 and on over all boxes. Raises WorkerError for a node
+    that does not answer, and for a cluster that has too few devices.
     """
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    asked = [_on(node["NodeID"], look).remote(int(node["Resources"].get("GPU", 0))) for node in alive]
-    nodes: list[Node] = [_get(one, node["NodeManagerHostname"]) for one, node in zip(asked, alive, strict=True)]
+    kind, count = pick(count, device)
+    used = share_out(places(kind), count, kind)
+    asked = {node: _on(node, look).remote(workers if kind == "cuda" else 0) for node, workers in used.items()}
+    nodes: list[Node] = [_get(reference, node) for node, reference in asked.items()]
     nodes.sort(key=lambda node: (node.host, node.id))
-    on_gpus = any(node.gpus for node in nodes)
-    boxes = _linked(nodes, boxes_of([(node.id, node.host) for node in nodes]))
-    numbers, there, devices = count(), [], []
+    boxes = linked_boxes([(node.id, node.host) for node in nodes])
+    numbers, there, devices = itertools.count(), [], []
     for node in nodes:
-        inside = node.gpus if on_gpus else (node.cpu,)
-        if inside:
-            left = node.host_bytes - len(inside) * HOST_RESERVE_BYTES if on_gpus else 0
-            box = replace(boxes[node.id], host_bytes=max(0, left))
-            there.append(box)
-            devices += [
-                replace(device, name=f"cuda:{next(numbers)}" if on_gpus else "cpu", box=box) for device in inside
-            ]
+        workers = used[node.id]
+        box = box_with(boxes[node.id], node.host_bytes, node.disk_bytes, workers if kind == "cuda" else 0)
+        there.append(box)
+        if kind == "cuda":
+            _check_gpus(node, workers)
+            devices += [replace(gpu, name=f"cuda:{next(numbers)}", box=box) for gpu in node.gpus]
+        else:
+            share = share_of(node.cpu.usable_bytes, workers)
+            devices += [replace(node.cpu, usable_bytes=share, box=box)] * workers
     return Machines("Ray cluster", tuple(there), tuple(devices))
 
 
+def share_out(places: Mapping[str, int], workers: int, kind: str) -> dict[str, int]:
+    """How many of the workers each node gets, of those it has place for: on GPUs of few nodes, or on CPUs of many.
+
+    So Ray places them, by `Pipeline`. Nodes without a worker are left out.
+    """
+    shares = dict.fromkeys(places, 0)
+    for _ in range(workers):
+        free = [node for node in places if shares[node] < places[node]]
+        if kind == "cuda":
+            chosen = max(free, key=lambda node: (shares[node] > 0, places[node]))
+        else:
+            chosen = min(free, key=lambda node: shares[node])
+        shares[chosen] += 1
+    return {node: share for node, share in shares.items() if share}
+
+
+def box_with(box: Box, host_bytes: int, disk_bytes: int, gpu_workers: int) -> Box:
+    """The box with what its memory and its disk may hold of weights that no GPU of it holds.
+
+    host_bytes: of memory that can be had. Each worker takes some of it, and on a CPU the workers take it all.
+    """
+    left = host_bytes - gpu_workers * HOST_RESERVE_BYTES if gpu_workers else 0
+    return replace(box, host_bytes=max(0, left), disk_bytes=disk_bytes)
+
+
+def _check_gpus(node: Node, workers: int) -> None:
+    if len(node.gpus) < workers:
+        raise WorkerError(
+            f"node {node.host}: Ray has {workers} GPUs to give there, and {len(node.gpus)} can be seen; nvidia-smi on "
+            "that node shows them, and ray start --num-gpus N tells Ray how many there are"
+        )
+
+
 def look(gpus: int) -> Node:
-    """What there is on the node where this runs, of which Ray has so many GPUs to give."""
+    """What there is on the node where this runs, with so many of its GPUs."""
     hidden = os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # a task without a GPU is shown none
     try:
         found = cuda_devices()[:gpus] if gpus else []
@@ -89,7 +144,8 @@ def look(gpus: int) -> Node:
         if hidden is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = hidden
     context = ray.get_runtime_context()
-    return Node(context.get_node_id(), socket.gethostname(), available_memory(), cpu_device(), tuple(found))
+    host, memory, disk = socket.gethostname(), available_memory(), free_disk_bytes()
+    return Node(context.get_node_id(), host, memory, disk, cpu_device(), tuple(found))
 
 
 def boxes_of(nodes: Sequence[tuple[str, str]]) -> dict[str, Box]:
@@ -98,33 +154,48 @@ def boxes_of(nodes: Sequence[tuple[str, str]]) -> dict[str, Box]:
     return {node: Box(name=host if hosts[host] == 1 else f"{host} ({node[:8]})") for node, host in nodes}
 
 
-def _linked(nodes: Sequence[Node], boxes: dict[str, Box]) -> dict[str, Box]:
-    """The boxes with what was measured from the first to each other one; the first is as fast as the fastest."""
-    if len(nodes) < 2:
-        return boxes
-    first = nodes[0].id
-    speeds = {node.id: measure_link(first, node.id) for node in nodes[1:]}
-    fastest = max(speeds.values(), key=lambda speed: speed.bytes_per_s)
-    return {
-        node: replace(box, network_bytes_per_s=speed.bytes_per_s, network_seconds=speed.seconds / 2)
-        for node, box in boxes.items()
-        for speed in (speeds.get(node, fastest),)
-    }
+def linked_boxes(nodes: Iterable[tuple[str, str]]) -> dict[str, Box]:
+    """A box for each node, by its id, from (id, host), with its link as measured. Raises as `measure_links`."""
+    boxes = boxes_of(sorted(nodes))
+    for node, speed in measure_links(boxes).items():
+        boxes[node] = replace(boxes[node], network_bytes_per_s=speed.bytes_per_s, network_seconds=speed.seconds / 2)
+    return boxes
 
 
 # --- links ---
 
 
+def measure_links(nodes: Iterable[str]) -> dict[str, LinkSpeed]:
+    """The link of each of these nodes, by their ids: from one of them to each other; its own is the fastest of these.
+
+    One node alone is not measured, and a link is measured once in this process. Raises WorkerError for nodes that do
+    not reach each other.
+    """
+    first, *others = sorted(set(nodes))
+    speeds = {node: measure_link(first, node) for node in others}
+    if speeds:
+        speeds[first] = max(speeds.values(), key=lambda speed: speed.bytes_per_s)
+    return speeds
+
+
 @cache
 def measure_link(first: str, second: str) -> LinkSpeed:
-    """How fast one node sends to another, by their ids in Ray. Raises WorkerError where they are not linked."""
+    """How fast one node sends to another, by their ids in Ray: measured once in this process.
+
+    Raises WorkerError where a node does not answer, or they do not reach each other.
+    """
     secret = new_secret()
     end = _on(second, LinkEnd).remote(secret)
     try:
         address = _get(end.address.remote(), second)
-        found: LinkSpeed = _get(_on(first, send_over).remote(address, secret), first)
+        found: LinkSpeed | str = _get(_on(first, try_link).remote(address, secret), first)
     finally:
         ray.kill(end)
+    if isinstance(found, str):
+        raise WorkerError(
+            f"node {_called(first)} does not reach node {_called(second)}: {found}; workers connect to each other on "
+            "ports that the system chooses: let these boxes through each other's firewalls"
+        )
     return found
 
 
@@ -149,6 +220,14 @@ def _answer(connection: socket.socket, hello: Hello) -> bool:
             break
         connection.sendall(b"\0")
     return False  # the door closes it
+
+
+def try_link(address: tuple[str, int], secret: bytes) -> LinkSpeed | str:
+    """`send_over`, or why it fails."""
+    try:
+        return send_over(address, secret)
+    except WorkerError as error:
+        return str(error)
 
 
 def send_over(address: tuple[str, int], secret: bytes) -> LinkSpeed:
@@ -198,13 +277,24 @@ def _on(node: str, target: Any) -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=where, **once)(target)
 
 
-def _get(reference: Any, where: str) -> Any:
+def _get(reference: Any, node: str) -> Any:
     """What a task on a node returns. Raises WorkerError that names the node."""
     try:
         return ray.get(reference, timeout=NODE_SECONDS)
     except GetTimeoutError:
         raise WorkerError(
-            f"node {where} did not answer within {NODE_SECONDS} s; ray status shows the cluster"
+            f"node {_called(node)} did not answer within {NODE_SECONDS} s; ray status shows the cluster"
         ) from None
     except RayError as error:
-        raise WorkerError(f"node {where} cannot be looked at: {in_one_line(error)}") from error
+        why = in_one_line(error.cause if isinstance(error, RayTaskError) else error)
+        raise WorkerError(
+            f"node {_called(node)} cannot be looked at: {_COLOURS.sub('', why)}; ray status shows whether it is there, "
+            "and it needs the same bigint8 as this machine"
+        ) from error
+
+
+def _called(node: str) -> str:
+    """A node as people know it, by its host and address; by its id where Ray knows no such node."""
+    known = {each["NodeID"]: each for each in ray.nodes()}
+    there = known.get(node)
+    return node if there is None else f"{there['NodeManagerHostname']} ({there['NodeManagerAddress']})"

@@ -5,24 +5,25 @@ Steps and hidden states do not pass through Ray: they go from process to process
 """
 
 import threading
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..errors import BigInt8Error, CheckpointError, WorkerDied, WorkerError
 from ..load.bars import LoadProgress
 from ..options import Cluster
-from ..plan.devices import HOST_RESERVE_BYTES, Device, share_of
+from ..plan.devices import Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cluster import connect, pick
 from .cores import Share
 from .doors import HELLO_SECONDS, new_secret
-from .nodes import boxes_of
+from .nodes import box_with, linked_boxes, measure_links
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -62,7 +63,7 @@ class Pipeline:
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         spec: ModelSpec | None = None,
     ) -> None:
-        """Start `workers` actors: by default one for each GPU of the cluster, or one on a CPU if it has none.
+        """Start `workers` actors: by default one for each GPU of the cluster, or a CPU of each node if it has none.
 
         By default the cluster is a new one that listens on loopback only. `spec` is that of the model they will load,
         if it is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
@@ -97,16 +98,19 @@ class Pipeline:
 
     def _start_workers(self, count: int) -> None:
         bundle = {"CPU": 1, "GPU": 1} if self.kind == "cuda" else {"CPU": 1}
-        self._group = placement_group([bundle] * count, strategy="PACK")
+        strategy = "PACK" if self.kind == "cuda" else "SPREAD"  # GPUs close together, as many boxes' CPUs as there are
+        self._group = placement_group([bundle] * count, strategy=strategy)
         if not self._group.wait(START_SECONDS):
             raise WorkerError(
                 f"the cluster gave no place for {count} x {bundle} within {START_SECONDS} s; other jobs may hold it "
                 "(ray status shows them)"
             )
+        # before the workers import what they need, which would be measured with the links
+        measure_links(placement_group_table(self._group)["bundles_to_node_id"].values())
         self._workers = [self._new_worker(i) for i in range(count)]
         infos = self._get([worker.describe.remote() for worker in self._workers], START_SECONDS)
-        order = sorted(range(count), key=lambda i: (infos[i].node, infos[i].gpu, i))  # neighbours share a box
-        self._bundles = order
+        order = sorted(range(count), key=lambda i: (infos[i].host, infos[i].node, infos[i].gpu, i))
+        self._bundles = order  # neighbours share a box
         self._workers = [self._workers[i] for i in order]
         self.infos = [infos[i] for i in order]
 
@@ -125,20 +129,21 @@ class Pipeline:
     def devices(self) -> list[Device]:
         """A device for each worker, in order; CPU workers of one box share its memory equally.
 
-        Workers of one node are in one box. What its GPUs' processes leave of its memory may hold weights.
+        Workers of one node are in one box, with what its own memory and disk may hold of weights that no GPU holds, and
+        with its link as measured; GPUs are numbered as Ray does there. Raises WorkerError for nodes that do not reach
+        each other.
         """
-        nodes = [info.node for info in self.infos]
-        boxes = boxes_of([(info.node, info.host) for info in self.infos])
-        for info in reversed(self.infos):
-            if info.device.kind == "cuda":
-                left = info.host_bytes - nodes.count(info.node) * HOST_RESERVE_BYTES
-                boxes[info.node] = replace(boxes[info.node], host_bytes=max(0, left))
+        workers, on_gpus = Counter(info.node for info in self.infos), self.kind == "cuda"
+        boxes = linked_boxes((info.node, info.host) for info in self.infos)
+        for info in {info.node: info for info in reversed(self.infos)}.values():
+            gpus = workers[info.node] if on_gpus else 0
+            boxes[info.node] = box_with(boxes[info.node], info.host_bytes, info.disk_bytes, gpus)
         return [
-            replace(info.device, box=boxes[info.node])
-            if info.device.kind == "cuda"
+            replace(info.device, name=f"cuda:{info.gpu}", box=boxes[info.node])
+            if on_gpus
             else replace(
                 info.device,
-                usable_bytes=share_of(info.device.usable_bytes, nodes.count(info.node)),
+                usable_bytes=share_of(info.device.usable_bytes, workers[info.node]),
                 box=boxes[info.node],
             )
             for info in self.infos
@@ -171,11 +176,12 @@ class Pipeline:
     def _arrange(self, plan: Plan) -> None:
         """Put the workers in the order of the stages: each stage goes to the worker whose device the plan names.
 
-        A device that no worker has, as of a plan that another process made, is one of its model, or any.
+        A device that no worker has, as of a plan that another process made, is one of its model, in a box of that name
+        if there is one; or any.
         """
         devices, free = self.devices(), list(range(len(self._workers)))
         order: dict[int, int] = {}
-        for alike in (Device.__eq__, lambda a, b: a.model == b.model, lambda a, b: True):
+        for alike in (Device.__eq__, _in_the_same_box, lambda a, b: a.model == b.model, lambda a, b: True):
             for index, stage in enumerate(plan.stages):
                 found = next((i for i in free if index not in order and alike(devices[i], stage.device)), None)
                 if found is not None:
@@ -351,3 +357,7 @@ class Pipeline:
         finally:
             if started:
                 ray.shutdown()
+
+
+def _in_the_same_box(one: Device, other: Device) -> bool:
+    return (one.model, one.box.name) == (other.model, other.box.name)

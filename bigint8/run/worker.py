@@ -16,6 +16,7 @@ import ray
 from ..errors import WorkerError
 from ..load.warm_up import compile_kernels, import_model, importing
 from ..plan.devices import Device, available_memory, cpu_device, cuda_devices
+from ..plan.offload import free_disk_bytes
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cores import Cores, Share
@@ -37,6 +38,7 @@ class WorkerInfo:
     """Where a worker runs and what it has: `device` as the worker itself names it; `gpu` its number on the box.
 
     host_bytes: of the box's memory that could be had when the worker was asked
+    disk_bytes: what its disk had free for offloaded weights
     """
 
     node: str
@@ -45,6 +47,7 @@ class WorkerInfo:
     device: Device
     gpu: int
     host_bytes: int
+    disk_bytes: int
 
 
 class Worker:
@@ -70,8 +73,8 @@ class Worker:
         if not found:
             raise WorkerError(f"{socket.gethostname()}: Ray gave GPU {', '.join(gpus)} to a worker, which finds none")
         number = int(gpus[0]) if gpus and gpus[0].isdigit() else 0
-        memory = available_memory()
-        return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number, memory)
+        room = available_memory(), free_disk_bytes()
+        return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number, *room)
 
     def load(self, plan: Plan, index: int, share: Share = Share()) -> "LoadReport":  # noqa: B008  (frozen)
         """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded.

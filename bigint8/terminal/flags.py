@@ -31,6 +31,7 @@ from ..plan.devices import (
     preset_gpus,
     wait_without_spinning,
 )
+from ..plan.offload import Spill, spill_of_boxes
 from ..plan.spec import ModelSpec
 from ..plan.ways_out import WaysOut
 from ..units import parse_bytes
@@ -56,11 +57,30 @@ class AccessFlags:
         return Access(self.revision, self.trust_remote_code)
 
 
+@dataclass(frozen=True)
+class PlannedFor:
+    """What a plan is made for: devices, and a note of what a person should know of them.
+
+    spill: what may hold blocks that no device holds; only of a live Ray cluster, else None: none are offloaded
+    """
+
+    devices: list[Device]
+    note: str | None = None
+    spill: Spill | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether they are those of a Ray cluster that runs."""
+        return self.spill is not None
+
+
 @dataclass(kw_only=True)
 class PlanFlags:
     """What a plan is for: how many devices of which kind, and how much work."""
 
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many devices: all GPUs, or 1 CPU, by default.")] = None
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="How many devices: all GPUs, or 1 CPU a node, by default.")
+    ] = None
     gpu_type: Annotated[
         str | None, typer.Option(help=f"Plan for GPUs of this kind instead of this machine's: {DEFAULT_GPU_TYPE}, ...")
     ] = None
@@ -70,21 +90,29 @@ class PlanFlags:
     context: Annotated[
         int | None, typer.Option(min=1, help=f"Tokens of a sequence to leave room for ({DEFAULT_CONTEXT}).")
     ] = None
+    address: Annotated[
+        str | None, typer.Option(help="An existing Ray cluster, as HOST:PORT or auto: its devices, not this machine's.")
+    ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 1
     dtype: Annotated[Dtype, typer.Option(help="Of what is not int8.")] = "auto"
 
     def workload(self, spec: ModelSpec) -> Workload:
         return spec.workload(self.context, self.batch_size)
 
-    def devices_to_plan_for(self, spec: ModelSpec, kind: DeviceKind = "auto") -> tuple[list[Device], str | None]:
-        """The devices to plan for, which need not be on this machine, and a note that says so."""
+    def devices_to_plan_for(self, spec: ModelSpec, kind: DeviceKind = "auto") -> PlannedFor:
+        """The devices to plan for, which need not be on this machine.
+
+        Raises BigInt8Error for flags that exclude each other, WorkerError for a Ray cluster that cannot be read.
+        """
+        if self.address is not None:
+            return self._live_cluster(self.address, spec, kind)
         if self.cluster is not None:
             if self.gpus is not None or self.gpu_type is not None:
                 raise BigInt8Error("--cluster says which GPUs there are: leave out --gpus and --gpu-type")
             machines = load_cluster(self.cluster)
-            return list(machines.devices), machines.note
+            return PlannedFor(list(machines.devices), machines.note)
         if self.gpu_type is None and (kind != "auto" or cuda_devices()):
-            return find_devices(kind, self.gpus)
+            return PlannedFor(*find_devices(kind, self.gpus))
         name = self.gpu_type or DEFAULT_GPU_TYPE
         one = preset_gpus(name, 1)[0]
         count = self.gpus or fewest_devices(spec, one, self.workload(spec))
@@ -92,7 +120,16 @@ class PlanFlags:
         if self.gpu_type is None:
             note = f"no GPU was found: {note}; --gpu-type names another ({', '.join(sorted(gpu_presets()))})"
         gpus = preset_gpus(name, count)
-        return gpus, "; ".join(filter(None, [note, plain_torch_note(gpus)]))
+        return PlannedFor(gpus, "; ".join(filter(None, [note, plain_torch_note(gpus)])))
+
+    def _live_cluster(self, address: str, spec: ModelSpec, kind: DeviceKind) -> PlannedFor:
+        """The devices that workers would have there, and what else their boxes hold, as a run there takes them."""
+        if self.cluster is not None or self.gpu_type is not None:
+            raise BigInt8Error("--address says which devices there are: leave out --cluster and --gpu-type")
+        from ..run.nodes import read_cluster_at
+
+        machines = read_cluster_at(address, kind, self.gpus)
+        return PlannedFor(list(machines.devices), machines.note, spill_of_boxes(spec))
 
 
 Flags = TypeVar("Flags")

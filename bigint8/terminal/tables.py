@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..plan.labels import place
 from ..plan.plan import Plan
 from ..units import GIB, decimal, speed
 
@@ -45,7 +46,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         )
         table.add_row(
             str(stage.index),
-            stage.device.name,
+            place(plan, stage),
             f"{stage.first_block}-{stage.last_block - 1}",
             *(f"{size / GIB:.2f}" for size in sizes),
         )
