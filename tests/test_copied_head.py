@@ -22,6 +22,7 @@ from bigint8.model.skeleton import build_skeleton, skeleton_of
 from bigint8.options import Access, Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import Box, preset_gpus
+from bigint8.plan.memory import cpu_row_bytes
 from bigint8.plan.predict import PlanTimes, predict
 from bigint8.run.driver import PipelineModel
 from bigint8.run.engine import Engine
@@ -325,3 +326,13 @@ def test_the_embeddings_fill_the_copy_where_the_checkpoint_has_the_head_too(tmp_
     model, stages = over_stages(tmp_path, 2, True)
     assert torch.equal(answers(model)[0], expected[0])
     assert [stage.report.unused for stage in stages] == [["lm_head.weight"]] * 2
+
+
+@pytest.mark.parametrize("kind", sorted(SIZES))
+def test_the_rows_that_a_stage_keeps_are_those_that_its_plan_counts(kind, tmp_path):
+    """The memory for the head's rows is the last stage's, and no longer the first one's."""
+    save_tiny(kind, True, tmp_path)
+    model, stages = over_stages(tmp_path, 2, True)
+    kept = cpu_row_bytes(model.plan.spec.known_layout, WORK)
+    first, last = (stage._stage.row_bytes for stage in stages)
+    assert (first, last) == (kept["blocks"] + kept["before"], kept["blocks"] + kept["after"] + kept["head"])

@@ -34,11 +34,13 @@ def devices(count):
 
 
 def assert_loaded_as_planned(found, count, config):
-    """Over `count` stages in this process, as workers would load them."""
-    plan = make_plan(found.spec, devices(count), found.spec.workload())
-    for stage in plan.stages:
-        report = RunningStage(plan, stage.index, "cpu", lambda done, total: None).report
-        assert sum(report.device_bytes.values()) == stage.weight_bytes, (config, plan.dtype, stage.index)
+    """Over `count` stages in this process, as workers would load them; a tied head as a copy in the last one too."""
+    copied = found.spec.with_copied_head() if count > 1 else None
+    for spec in filter(None, (found.spec, copied)):
+        plan = make_plan(spec, devices(count), spec.workload())
+        for stage in plan.stages:
+            report = RunningStage(plan, stage.index, "cpu", lambda done, total: None).report
+            assert sum(report.device_bytes.values()) == stage.weight_bytes, (config, plan.dtype, stage.index)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

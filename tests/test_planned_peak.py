@@ -28,7 +28,7 @@ def test_a_stage_keeps_as_much_memory_for_rows_as_planned(kind, tied, tmp_path):
             running = RunningStage(plan, stage.index, "cpu", lambda done, total: None)._stage
             assert isinstance(running, FusedStage)
             is_first, is_last = stage.index == 0, stage.index == count - 1
-            has_head = is_first if tied else is_last
+            has_head = is_first if plan.spec.tied else is_last
             ends = kept["before"] * is_first + kept["after"] * is_last + kept["head"] * has_head
             assert running.row_bytes == kept["blocks"] + ends, (name, stage.index)
 
