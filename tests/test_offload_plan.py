@@ -13,7 +13,7 @@ from bigint8.options import Int8Config, Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import Box, Device, preset_gpus
 from bigint8.plan.draft import Draft
-from bigint8.plan.offload import Spill, offloaded_blocks
+from bigint8.plan.offload import Spill, keep_beside, offloaded_blocks
 from bigint8.plan.predict import PlanTimes
 from bigint8.plan.search import Kind, Search
 from bigint8.plan.speed import UNKNOWN_CORE
@@ -118,6 +118,20 @@ def test_a_head_is_int8_rather_than_a_block_offloaded_and_16_bit_once_blocks_mus
     offloaded = make_plan(spec, [replace(gpu, usable_bytes=whole // 2)], SHORT, spill=MUCH)
     assert offloaded.is_offloaded and not offloaded.spec.int8.int8_head
     assert any("offloaded as int8" in note for note in offloaded.notes)
+
+
+def test_prompts_run_in_shorter_chunks_where_a_gpu_has_no_room_for_more_beside_its_buffers():
+    spec, work = preset("llama-7b", Int8Config(int8_head=True)), Workload(context=1024)
+    (gpu,) = preset_gpus("rtx-3090", 1)
+    least = {}
+    for chunk in (512, 256):
+        stage = Draft(spec, replace(work, chunk=chunk), "float16", 1, MUCH).stage(0, gpu, 0, 32)
+        sizes = [module.part.int8_values for module in spec.known_layout.blocks]
+        least[chunk] = keep_beside(stage, sizes, range(32), "host").needed_bytes
+    enough = make_plan(spec, [replace(gpu, usable_bytes=least[512])], work, spill=MUCH)
+    assert enough.workload.chunk == 512 and len(enough.stages[0].host_blocks) == 32
+    short = make_plan(spec, [replace(gpu, usable_bytes=least[256])], work, spill=MUCH)
+    assert short.workload.chunk == 256 and short.is_offloaded and "chunks of 256 tokens" in short.notes[0]
 
 
 def test_memory_of_the_host_comes_before_the_disk_and_each_box_has_its_own():
