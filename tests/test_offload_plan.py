@@ -1,11 +1,10 @@
 """Plans of models that are larger than their devices: which blocks are offloaded, where to, and what that costs."""
 
 import random
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from test_planner import SHORT, devices_with, preset, spec_with
-from test_search import all_pipelines, check_picks, random_instance
 
 from bigint8.errors import PlanError
 from bigint8.load import device_map
@@ -15,9 +14,7 @@ from bigint8.plan.devices import Box, Device, preset_gpus
 from bigint8.plan.draft import Draft
 from bigint8.plan.offload import Spill, keep_beside, offloaded_blocks
 from bigint8.plan.predict import PlanTimes
-from bigint8.plan.search import Kind, Search
 from bigint8.plan.speed import UNKNOWN_CORE
-from bigint8.plan.streaming import StreamingKind
 from bigint8.units import GIB
 
 MUCH = Spill(host_bytes=2**50, disk_bytes=2**50)
@@ -47,38 +44,6 @@ def test_offloaded_blocks_are_spread_evenly():
 def test_a_block_without_int8_weights_stays():
     chosen = offloaded_blocks([0, 10, 0, 10, 10, 0, 10], 20)
     assert chosen == (1, 3, 4, 6)
-
-
-# --- the search ------------------------------------------------------------------------------------------------------
-
-
-def streaming_instance(seed):
-    """As of the search, on devices that may bring in most of each block."""
-    chance = random.Random(seed)
-    search = random_instance(chance)
-    kinds = []
-    for kind in search.kinds:
-        costs = {field.name: getattr(kind, field.name) for field in fields(Kind)}
-        costs["capacity"] = chance.choice((20, 30, 60, 120))
-        able = tuple(int(0.9 * size) for size in kind.bytes)
-        each = chance.choice((0.0, 0.02, 0.5))
-        kinds.append(StreamingKind(**costs, able=able, second_per_byte=each, overlaps=chance.random() < 0.5))
-    return Search(kinds, search.boxes)
-
-
-@pytest.mark.parametrize("seed", range(250))
-def test_the_search_finds_the_best_pipelines_of_devices_that_bring_blocks_in(seed):
-    search = streaming_instance(seed)
-    everything = list(all_pipelines(search))
-    fastest, shortest = search.fastest_stages(), search.shortest_way()
-    if not everything:
-        assert fastest is None and shortest is None
-        return
-    assert fastest is not None and shortest is not None
-    check_picks(search, fastest[1])
-    check_picks(search, shortest[1])
-    assert fastest[0] == pytest.approx(min(slowest for slowest, _, _ in everything))
-    assert shortest[0] == pytest.approx(min(total for _, total, _ in everything))
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
