@@ -128,21 +128,13 @@ def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload
 
 
 def _filled_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload, dtype: str) -> Plan | None:
-    """The model as it is; if that does not fit, or barely, with an int8 head, if that does."""
-    barely = None
-    for candidate in (spec, spec.with_int8_head()):
-        if candidate is None:
-            continue
-        draft = Draft(candidate, workload, dtype, len(devices))
-        stages = draft.fill(devices)
-        if stages is not None:
-            plan = Plan(candidate, workload, dtype, tuple(stages), draft.pages)
-            if candidate is not spec:
-                return replace(plan, notes=(INT8_HEAD_NOTE,))
-            if all(stage.headroom_bytes >= SPARE * stage.device.usable_bytes for stage in stages):
-                return plan
-            barely = plan
-    return barely
+    """With the settings of `_settings` that keep the chunk: shorter ones are a way out here."""
+    for candidate, work, spare, notes in _settings(spec, workload):
+        draft = Draft(candidate, work, dtype, len(devices))
+        stages = draft.fill(devices) if work == workload else None
+        if stages is not None and all(s.headroom_bytes >= spare * s.device.usable_bytes for s in stages):
+            return Plan(candidate, work, dtype, tuple(stages), draft.pages, notes)
+    return None
 
 
 def _dtype(spec: ModelSpec, devices: Sequence[Device]) -> str:
