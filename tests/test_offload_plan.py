@@ -1,11 +1,10 @@
 """Plans of models that are larger than their devices: which blocks are offloaded, where to, and what that costs."""
 
 import random
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from test_planner import SHORT, devices_with, preset, spec_with
-from test_search import all_pipelines, check_picks, random_instance
 
 from bigint8.errors import PlanError
 from bigint8.load import device_map
@@ -13,11 +12,9 @@ from bigint8.options import Int8Config, Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import Box, Device, preset_gpus
 from bigint8.plan.draft import Draft
-from bigint8.plan.offload import Spill, offloaded_blocks, spill_of_boxes
+from bigint8.plan.offload import Spill, keep_beside, offloaded_blocks, spill_of_boxes
 from bigint8.plan.predict import PlanTimes
-from bigint8.plan.search import Kind, Search
 from bigint8.plan.speed import UNKNOWN_CORE
-from bigint8.plan.streaming import StreamingKind
 from bigint8.units import GIB
 
 MUCH = Spill(host_bytes=2**50, disk_bytes=2**50)
@@ -47,38 +44,6 @@ def test_offloaded_blocks_are_spread_evenly():
 def test_a_block_without_int8_weights_stays():
     chosen = offloaded_blocks([0, 10, 0, 10, 10, 0, 10], 20)
     assert chosen == (1, 3, 4, 6)
-
-
-# --- the search ------------------------------------------------------------------------------------------------------
-
-
-def streaming_instance(seed):
-    """As of the search, on devices that may bring in most of each block."""
-    chance = random.Random(seed)
-    search = random_instance(chance)
-    kinds = []
-    for kind in search.kinds:
-        costs = {field.name: getattr(kind, field.name) for field in fields(Kind)}
-        costs["capacity"] = chance.choice((20, 30, 60, 120))
-        able = tuple(int(0.9 * size) for size in kind.bytes)
-        each = chance.choice((0.0, 0.02, 0.5))
-        kinds.append(StreamingKind(**costs, able=able, second_per_byte=each, overlaps=chance.random() < 0.5))
-    return Search(kinds, search.boxes)
-
-
-@pytest.mark.parametrize("seed", range(250))
-def test_the_search_finds_the_best_pipelines_of_devices_that_bring_blocks_in(seed):
-    search = streaming_instance(seed)
-    everything = list(all_pipelines(search))
-    fastest, shortest = search.fastest_stages(), search.shortest_way()
-    if not everything:
-        assert fastest is None and shortest is None
-        return
-    assert fastest is not None and shortest is not None
-    check_picks(search, fastest[1])
-    check_picks(search, shortest[1])
-    assert fastest[0] == pytest.approx(min(slowest for slowest, _, _ in everything))
-    assert shortest[0] == pytest.approx(min(total for _, total, _ in everything))
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -118,6 +83,20 @@ def test_a_head_is_int8_rather_than_a_block_offloaded_and_16_bit_once_blocks_mus
     offloaded = make_plan(spec, [replace(gpu, usable_bytes=whole // 2)], SHORT, spill=MUCH)
     assert offloaded.is_offloaded and not offloaded.spec.int8.int8_head
     assert any("offloaded as int8" in note for note in offloaded.notes)
+
+
+def test_prompts_run_in_shorter_chunks_where_a_gpu_has_no_room_for_more_beside_its_buffers():
+    spec, work = preset("llama-7b", Int8Config(int8_head=True)), Workload(context=1024)
+    (gpu,) = preset_gpus("rtx-3090", 1)
+    least = {}
+    for chunk in (512, 256):
+        stage = Draft(spec, replace(work, chunk=chunk), "float16", 1, MUCH).stage(0, gpu, 0, 32)
+        sizes = [module.part.int8_values for module in spec.known_layout.blocks]
+        least[chunk] = keep_beside(stage, sizes, range(32), "host").needed_bytes
+    enough = make_plan(spec, [replace(gpu, usable_bytes=least[512])], work, spill=MUCH)
+    assert enough.workload.chunk == 512 and len(enough.stages[0].host_blocks) == 32
+    short = make_plan(spec, [replace(gpu, usable_bytes=least[256])], work, spill=MUCH)
+    assert short.workload.chunk == 256 and short.is_offloaded and "chunks of 256 tokens" in short.notes[0]
 
 
 def test_memory_of_the_host_comes_before_the_disk_and_each_box_has_its_own():

@@ -8,6 +8,7 @@ as possible.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ..errors import PlanError
 from ..options import Workload
@@ -53,46 +54,29 @@ def make_plan(
     if len(devices) > blocks:
         raise PlanError(f"gpus={len(devices)}: {spec.name} has {blocks} blocks; use at most that many devices")
 
-    def planner(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan | None:
-        return _best_plan(spec, devices, workload, objective, spill)
-
+    planner = partial(_best_plan, objective=objective, spill=spill)
     plan = planner(spec, devices, workload)
     if plan is not None:
         return plan
     shortest = replace(workload, chunk=min(workload.chunk, *SHORTER_CHUNKS))
     closest = _closest(spec, devices, shortest, _dtype(spec, devices))
-
-    def offloading(spec: ModelSpec, devices: Sequence[Device], workload: Workload) -> Plan | None:
-        return _best_plan(spec, devices, workload, objective, Spill())
-
-    found = ways_out(spec, devices, workload, closest, planner, offloading if spill is None else None)
+    offloading = partial(_best_plan, objective=objective, spill=Spill()) if spill is None else None
+    found = ways_out(spec, devices, workload, closest, planner, offloading)
     not_enough = "" if spill is None else f". {offload_is_not_enough(closest, spill)}"
     raise PlanError(f"{found}{not_enough}", ways_out=found)
 
 
 def _best_plan(
-    spec: ModelSpec,
-    devices: Sequence[Device],
-    workload: Workload,
-    objective: Objective = "throughput",
-    spill: Spill | None = None,
+    spec: ModelSpec, devices: Sequence[Device], workload: Workload, objective: Objective, spill: Spill | None
 ) -> Plan | None:
     """As `make_plan`, but None where the model does not fit."""
     dtype = _dtype(spec, devices)
-    for candidate, work, spare, notes in _settings(spec, workload):
-        plan = Draft(candidate, work, dtype, len(devices)).best_plan(devices, objective, spare)
-        if plan is not None:
-            return replace(plan, notes=(*notes, *plan.notes, *_left_out(devices, plan)))
-    # the same tokens as without: the head becomes int8 only where it has no room
-    smaller = spec.with_int8_head()
-    tries = [(spec, SPARE), (spec, 0.0), (smaller, SPARE), (smaller, 0.0)] if spill is not None else []
-    for offloading, spare in tries:
-        if offloading is None:
-            continue
-        plan = Draft(offloading, workload, dtype, len(devices), spill).best_plan(devices, objective, spare)
-        if plan is not None:
-            notes = () if offloading is spec else (INT8_HEAD_NOTE,)
-            return replace(plan, notes=(*notes, *plan.notes, offload_note(plan), *_left_out(devices, plan)))
+    for home in dict.fromkeys((None, spill)):  # blocks are offloaded only where nothing else helps
+        for candidate, work, spare, notes in _settings(spec, workload):
+            plan = Draft(candidate, work, dtype, len(devices), home).best_plan(devices, objective, spare)
+            if plan is not None:
+                offloaded = (offload_note(plan),) if plan.is_offloaded else ()
+                return replace(plan, notes=(*notes, *plan.notes, *offloaded, *_left_out(devices, plan)))
     return None
 
 
@@ -144,21 +128,13 @@ def fill_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload
 
 
 def _filled_in_order(spec: ModelSpec, devices: Sequence[Device], workload: Workload, dtype: str) -> Plan | None:
-    """The model as it is; if that does not fit, or barely, with an int8 head, if that does."""
-    barely = None
-    for candidate in (spec, spec.with_int8_head()):
-        if candidate is None:
-            continue
-        draft = Draft(candidate, workload, dtype, len(devices))
-        stages = draft.fill(devices)
-        if stages is not None:
-            plan = Plan(candidate, workload, dtype, tuple(stages), draft.pages)
-            if candidate is not spec:
-                return replace(plan, notes=(INT8_HEAD_NOTE,))
-            if all(stage.headroom_bytes >= SPARE * stage.device.usable_bytes for stage in stages):
-                return plan
-            barely = plan
-    return barely
+    """With the settings of `_settings` that keep the chunk: shorter ones are a way out here."""
+    for candidate, work, spare, notes in _settings(spec, workload):
+        draft = Draft(candidate, work, dtype, len(devices))
+        stages = draft.fill(devices) if work == workload else None
+        if stages is not None and all(s.headroom_bytes >= spare * s.device.usable_bytes for s in stages):
+            return Plan(candidate, work, dtype, tuple(stages), draft.pages, notes)
+    return None
 
 
 def _dtype(spec: ModelSpec, devices: Sequence[Device]) -> str:

@@ -9,10 +9,11 @@ from typing import Literal
 from ..options import Workload
 from ..units import FLOAT_BYTES, readable
 from .devices import Box, Device
+from .kinds import TOLERANCE, Boxes, Kind, Pick
 from .memory import Workspace, kv_bytes, pages, workspace
 from .offload import Spill, file_bytes_per_s, host_bytes_per_s, keep_beside, offloaded_blocks
 from .plan import Plan, Stage
-from .search import TOLERANCE, Boxes, Kind, Pick, Search
+from .search import Search
 from .spec import ModelSpec
 from .speed import Speed
 from .streaming import StreamingKind

@@ -3,120 +3,22 @@
 Blocks are cut into runs, one for each device that is used. A box is gone through once: its devices stand side by side.
 Two searches, each exact:
 
-- `fastest_stages`: the slowest stage is as fast as possible; of such pipelines one with the fewest devices. Whether a
-  time is enough is a search over how many devices of each kind are used: with the same ones, further is better. The
-  times that come into question are those of all runs of blocks, and they are tried by bisection.
-- `shortest_way`: the sum of all stages and hops is as small as possible. A* (Hart, Nilsson, Raphael 1968) over (blocks
-  placed, devices used). What is left costs at least what it would cost if devices could be filled by fractions.
+- `fastest_stages`: the slowest stage is as fast as possible; of such pipelines one with the fewest devices. The times
+  that come into question are those of all runs of blocks, and they are tried by bisection. Whether a time is enough is
+  a search over the boxes that are used: with the same ones, further is better. How far the devices of a box come is
+  known for all choices of them at once (`reach`).
+- `shortest_way`: the sum of all stages and hops is as small as possible (`shortest`).
 
-Devices that are alike are a kind, boxes that hold the same kinds are alike too: a search does not tell them apart. For
-the blocks of real models, which are all alike or repeat, the bounds are nearly exact, so few states are visited.
+Devices that are alike are a kind, boxes that hold the same kinds are alike too: a search does not tell them apart.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from heapq import heappop, heappush
-from itertools import accumulate, count
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from math import inf
 
-TOLERANCE = 1e-9
-"""Times that differ by less, relatively, are the same: sums in another order."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Devices that are alike, as costs: seconds and bytes of each block there, and what comes with them.
-
-    front, back: seconds, and front_bytes, back_bytes: what the first and the last stage have besides their blocks
-    capacity: bytes that blocks may take; enter, leave: seconds in which hidden states come in and go out
-    """
-
-    seconds: tuple[float, ...]
-    bytes: tuple[int, ...]
-    capacity: int
-    front: float = 0.0
-    back: float = 0.0
-    front_bytes: int = 0
-    back_bytes: int = 0
-    enter: float = 0.0
-    leave: float = 0.0
-
-    @cached_property
-    def _seconds_before(self) -> list[float]:
-        return [0.0, *accumulate(self.seconds)]
-
-    @cached_property
-    def _bytes_before(self) -> list[int]:
-        return [0, *accumulate(self.bytes)]
-
-    def stage_seconds(self, first: int, last: int) -> float:
-        """What the stage with blocks [first, last) takes for a step, without hops."""
-        ends = (self.front if first == 0 else 0.0) + (self.back if last == len(self.seconds) else 0.0)
-        return self._seconds_before[last] - self._seconds_before[first] + ends
-
-    def fits(self, first: int, last: int) -> bool:
-        """Whether that stage has room."""
-        ends = (self.front_bytes if first == 0 else 0) + (self.back_bytes if last == len(self.bytes) else 0)
-        return self._bytes_before[last] - self._bytes_before[first] + ends <= self.capacity
-
-    def furthest(self, first: int, seconds: float = inf) -> int:
-        """The last block, exclusively, of the longest stage from `first` on that fits and takes at most `seconds`.
-
-        `first` if there is none, also where that is only because the last stage has more to do.
-        """
-        blocks = len(self.seconds)
-        allowed = seconds * (1 + TOLERANCE)
-        if self.fits(first, blocks) and self.stage_seconds(first, blocks) <= allowed:
-            return blocks
-        front, front_bytes = (self.front, self.front_bytes) if first == 0 else (0.0, 0)
-        last = bisect_right(self._bytes_before, self._bytes_before[first] + self.capacity - front_bytes) - 1
-        if allowed < inf:
-            last = min(last, bisect_right(self._seconds_before, self._seconds_before[first] + allowed - front) - 1)
-        return max(first, min(last, blocks - 1))
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """Boxes that are alike: how many devices of each kind one of them holds, and how many boxes there are.
-
-    hop: seconds between two of its devices; enter, leave: seconds by which one from or to another box takes longer
-    """
-
-    devices: tuple[tuple[int, int], ...]
-    boxes: int = 1
-    hop: float = 0.0
-    enter: float = 0.0
-    leave: float = 0.0
-
-
-@dataclass(frozen=True)
-class Pick:
-    """A stage of what was found: the kind of box, the kind of device in it, the blocks [first, last).
-
-    opens: this is another box than that of the stage before
-    """
-
-    box: int
-    kind: int
-    first: int
-    last: int
-    opens: bool
-
-
-@dataclass(frozen=True)
-class _Place:
-    """How far a pipeline has come in using devices: boxes of each kind not yet opened, and the open one.
-
-    left: devices of each of its kinds that are not used yet; kind: of the last device; used: how many in all
-    """
-
-    closed: tuple[int, ...]
-    box: int
-    left: tuple[int, ...]
-    kind: int
-    used: int
+from .kinds import TOLERANCE, Boxes, Kind, Pick
+from .reach import BoxReaches, Orders, Reaches
+from .shortest import ShortestWay
 
 
 class Search:
@@ -127,38 +29,17 @@ class Search:
         self.kinds, self.boxes, self._ring = kinds, boxes, ring
         self.blocks = len(kinds[0].seconds)
         self.devices = sum(box.boxes * number for box in boxes for _, number in box.devices)
-        self._start = _Place(tuple(box.boxes for box in boxes), -1, (), -1, 0)
+        self.orders = [Orders([number for _, number in box.devices]) for box in boxes]
+        self._in_boxes: dict[tuple[int, ...], list[int]] = {}
 
-    def _moves(self, place: _Place) -> Iterator[tuple[_Place, float]]:
-        """Each device that may come next, with the seconds of the hop to it; alike ones once."""
-        if place.used:
-            box, leave = self.boxes[place.box], self.kinds[place.kind].leave
-            for index, (kind, _) in enumerate(box.devices):
-                if place.left[index]:
-                    left = (*place.left[:index], place.left[index] - 1, *place.left[index + 1 :])
-                    hop = leave + box.hop + self.kinds[kind].enter
-                    yield _Place(place.closed, place.box, left, kind, place.used + 1), hop
-        for number, box in enumerate(self.boxes):
-            if not place.closed[number]:
-                continue
-            closed = (*place.closed[:number], place.closed[number] - 1, *place.closed[number + 1 :])
-            for index, (kind, there) in enumerate(box.devices):
-                left = (*(n for _, n in box.devices[:index]), there - 1, *(n for _, n in box.devices[index + 1 :]))
-                hop = 0.0
-                if place.used:
-                    before = self.boxes[place.box]
-                    hop = self.kinds[place.kind].leave + before.leave + box.enter + self.kinds[kind].enter
-                yield _Place(closed, number, left, kind, place.used + 1), hop
-
-    def _left(self, place: _Place) -> list[int]:
-        """How many devices of each kind may still be used."""
-        left = [0] * len(self.kinds)
-        for number, box in zip(place.closed, self.boxes, strict=True):
-            for kind, there in box.devices:
-                left[kind] += number * there
-        if place.used:
-            for (kind, _), there in zip(self.boxes[place.box].devices, place.left, strict=True):
-                left[kind] += there
+    def left(self, closed: tuple[int, ...]) -> list[int]:
+        """How many devices of each kind are in so many boxes of each kind."""
+        left = self._in_boxes.get(closed)
+        if left is None:
+            left = self._in_boxes[closed] = [0] * len(self.kinds)
+            for number, box in zip(closed, self.boxes, strict=True):
+                for kind, there in box.devices:
+                    left[kind] += number * there
         return left
 
     # --- the slowest stage ---------------------------------------------------------------------------------------
@@ -169,20 +50,20 @@ class Search:
 
         Hops do not count: they overlap with what the stages compute.
         """
-        most = min(self.devices, self.blocks)
-        found = self._stages_within(below * (1 - 2 * TOLERANCE), most)
+        found = _Within(self, below * (1 - 2 * TOLERANCE)).stages()
         if found is None:
             return None
         times = self._times(self._slowest(found))
         low, high = 0, len(times) - 1  # the last one is enough
         while low < high:
             middle = (low + high) // 2
-            tried = self._stages_within(times[middle], most)
+            tried = _Within(self, times[middle]).stages()
             if tried is None:
                 low = middle + 1
             else:
                 found, high = tried, min(middle, bisect_right(times, self._slowest(tried) * (1 + TOLERANCE)) - 1)
-        fewer = (self._stages_within(times[low], number) for number in range(1, len(found)))
+        within = _Within(self, times[low])
+        fewer = (within.stages(number) for number in range(1, len(found)))
         return times[low], next((stages for stages in fewer if stages is not None), found)
 
     def _times(self, most: float) -> list[float]:
@@ -202,191 +83,68 @@ class Search:
     def _slowest(self, picks: Sequence[Pick]) -> float:
         return max(self.kinds[pick.kind].stage_seconds(pick.first, pick.last) for pick in picks)
 
-    def _stages_within(self, seconds: float, most: int) -> list[Pick] | None:
-        """Stages on at most so many devices none of which takes longer, or None."""
-        reaches = _Reaches(self.kinds, self.blocks, seconds)
-        seen: dict[_Place, int] = {}
-        picks: list[Pick] = []
-
-        def go_on(place: _Place, first: int) -> bool:
-            """Whether the blocks from `first` on can be placed; then `picks` says how, from the end."""
-            if seen.get(place, -1) >= first or not reaches.may_reach(first, self._left(place), most - place.used):
-                return False
-            seen[place] = first
-            steps = [(reaches.of(after.kind, first), after) for after, _ in self._moves(place)]
-            for last, after in sorted(steps, key=lambda step: -step[0]):
-                if last > first and (last == self.blocks or go_on(after, last)):
-                    picks.append(Pick(after.box, after.kind, first, last, after.closed != place.closed))
-                    return True
-            return False
-
-        return picks[::-1] if go_on(self._start, 0) else None
-
     # --- the sum of all ------------------------------------------------------------------------------------------
 
     def shortest_way(self, below: float = inf) -> tuple[float, list[Pick]] | None:
         """The seconds of all stages and hops together and the stages; None if nothing fits that takes less than
         `below`."""
-        bound = _Bound(self.kinds, self.boxes)
-        enough = min(self._quick_way(bound) * (1 + TOLERANCE), below * (1 - TOLERANCE))
-        numbers = count()
-        waiting = [(0.0, 0, next(numbers), 0.0, self._start, 0)]
-        best: dict[tuple[_Place, int], float] = {(self._start, 0): 0.0}
-        came: dict[tuple[_Place, int], tuple[_Place, int]] = {}
-        while waiting:
-            _, _, _, so_far, place, first = heappop(waiting)
-            if first == self.blocks:
-                return so_far, self._way(came, place)
-            if so_far > best[place, first]:
-                continue
-            for after, hop in self._moves(place):
-                kind, left = self.kinds[after.kind], tuple(self._left(after))
-                for last in range(kind.furthest(first), first, -1):
-                    seconds = so_far + hop + kind.stage_seconds(first, last) + self._back(place, after, last)
-                    estimate = seconds + bound.of(last, left)
-                    if estimate > enough:
-                        if estimate == inf:
-                            break  # with fewer blocks here, even more are left
-                        continue
-                    if seconds < best.get((after, last), inf):
-                        best[after, last], came[after, last] = seconds, (place, first)
-                        heappush(waiting, (estimate, -last, next(numbers), seconds, after, last))
-        return None
-
-    def _quick_way(self, bound: "_Bound") -> float:
-        """The seconds of a good pipeline, found by always filling the device that promises most; inf without luck."""
-        place, first, so_far = self._start, 0, 0.0
-        while first < self.blocks:
-            steps = []
-            for after, hop in self._moves(place):
-                last = self.kinds[after.kind].furthest(first)
-                if last > first:
-                    seconds = so_far + hop + self.kinds[after.kind].stage_seconds(first, last)
-                    seconds += self._back(place, after, last)
-                    steps.append((seconds + bound.of(last, tuple(self._left(after))), -last, seconds, after))
-            if not steps:
-                return inf
-            _, negative, so_far, place = min(steps, key=lambda step: step[:2])
-            first = -negative
-        return so_far
-
-    def _back(self, place: _Place, after: _Place, last: int) -> float:
-        """The part of the hop from the last stage to the first that is known with this device: in a ring of several."""
-        if not self._ring or (not place.used and last == self.blocks):
-            return 0.0
-        kind, box, opened = self.kinds[after.kind], self.boxes[after.box], sum(self._start.closed) - sum(after.closed)
-        seconds = 0.0 if place.used else kind.enter
-        if opened == 2 and after.closed != place.closed:
-            seconds += self.boxes[place.box].enter  # which is the first stage's
-        if last == self.blocks:
-            seconds += kind.leave + (box.hop if opened == 1 else box.leave)
-        return seconds
-
-    def _way(self, came: dict[tuple[_Place, int], tuple[_Place, int]], place: _Place) -> list[Pick]:
-        picks, last = [], self.blocks
-        while place.used:
-            before, first = came[place, last]
-            picks.append(Pick(place.box, place.kind, first, last, place.closed != before.closed))
-            place, last = before, first
-        return picks[::-1]
+        fitting = _Within(self, inf).stages()
+        return None if fitting is None else ShortestWay(self.kinds, self.boxes, fitting, self._ring).find(below)
 
 
-class _Reaches:
-    """How far a stage of each kind can go within some seconds, and whether all of them may be far enough.
+class _Within:
+    """The pipelines in which no stage takes longer than some seconds: the boxes one after the other.
 
-    That is counted twice: in blocks, and in what they weigh, their seconds on the first kind.
+    With all devices of a box, or so many of them, a pipeline had better come as far as it can: `BoxReaches`.
     """
 
-    def __init__(self, kinds: Sequence[Kind], blocks: int, seconds: float) -> None:
-        self._last = [[kind.furthest(first, seconds) for first in range(blocks)] for kind in kinds]
-        self._measures = [
-            _Measure(self._last, list(range(blocks + 1))),
-            _Measure(self._last, [0.0, *accumulate(kinds[0].seconds)]),
+    def __init__(self, search: Search, seconds: float) -> None:
+        self._search = search
+        self._reaches = Reaches(search.kinds, search.blocks, seconds)
+        self._boxes = [
+            BoxReaches(orders, self._reaches.lasts[[kind for kind, _ in box.devices]])
+            for orders, box in zip(search.orders, search.boxes, strict=True)
         ]
+        # the last first block from which boxes that are left are not enough, with so many of their devices
+        self._failed: dict[tuple[tuple[int, ...], int], int] = {}
 
-    def of(self, kind: int, first: int) -> int:
-        return self._last[kind][first]
+    def stages(self, most: int | None = None) -> list[Pick] | None:
+        """The stages, on at most so many devices, or None if that is not enough."""
+        picks: list[Pick] = []
+        self._scarce = most is not None
+        closed = tuple(box.boxes for box in self._search.boxes)
+        enough = min(self._search.devices, self._search.blocks) if most is None else most
+        return picks[::-1] if self._go_on(closed, enough, 0, picks) else None
 
-    def may_reach(self, first: int, left: Sequence[int], devices: int) -> bool:
-        """False only if the last block cannot be reached from `first` with so many of the devices that are left.
+    def _go_on(self, closed: tuple[int, ...], most: int, first: int, picks: list[Pick]) -> bool:
+        """Whether the blocks from `first` on can be placed in these boxes; then `picks` gets how, from the end."""
+        failed = self._failed.get((closed, most))
+        if failed is None:
+            failed = self._failed[closed, most] = self._cannot_reach(closed, most)
+        if first <= failed:
+            return False
+        for last, number, box in self._steps(closed, most, first):
+            fewer = (*closed[:box], closed[box] - 1, *closed[box + 1 :])
+            rest = most - number if self._scarce else most
+            if last == self._search.blocks or self._go_on(fewer, rest, last, picks):
+                kinds = [kind for kind, _ in self._search.boxes[box].devices]
+                stages = self._boxes[box].way(first, number)
+                picks += [Pick(box, kinds[kind], a, b, a == first) for kind, a, b in reversed(stages)]
+                return True
+        self._failed[closed, most] = first
+        return False
 
-        Exact where all blocks are alike.
-        """
-        return all(measure.may_reach(first, left, devices) for measure in self._measures)
+    def _cannot_reach(self, closed: tuple[int, ...], most: int) -> int:
+        """The last block from which these boxes are not enough, by what is known without a search; -1 for none."""
+        left = self._search.left(closed)
+        return bisect_left(range(self._search.blocks), True, key=lambda f: self._reaches.may_reach(f, left, most)) - 1
 
-
-class _Measure:
-    """The most that a stage of each kind takes, in some measure of blocks."""
-
-    def __init__(self, lasts: Sequence[Sequence[int]], before: Sequence[float]) -> None:
-        """`before`: what all blocks before each block measure."""
-        end = len(before) - 1
-        self._rest = [before[-1] - measure for measure in before]
-        self._most = [max(before[last] - before[first] for first, last in enumerate(each)) for each in lasts]
-        self._order = sorted(range(len(lasts)), key=lambda kind: -self._most[kind])
-        # the longest last stage of each kind: it has more to do than the others
-        self._end = [
-            max((self._rest[first] for first, last in enumerate(each) if last == end), default=0.0) for each in lasts
-        ]
-
-    def may_reach(self, first: int, left: Sequence[int], devices: int) -> bool:
-        """One device has the last stage, the others take as much as they can."""
-        missing = self._rest[first] * (1 - TOLERANCE)
-        return any(
-            left[last] and self._end[last] and self._taken(last, left, devices) >= missing for last in self._order
-        )
-
-    def _taken(self, end: int, left: Sequence[int], devices: int) -> float:
-        """By a last stage on a device of kind `end`, and by all others."""
-        taken, devices = self._end[end], devices - 1
-        for kind in self._order:
-            used = min(left[kind] - (kind == end), devices)
-            taken += used * self._most[kind]
-            devices -= used
-        return taken
-
-
-class _Bound:
-    """The least seconds in which the blocks that are left can be computed by the devices that are left.
-
-    Blocks are weighed by their seconds on the first kind. A device gives each no faster than the one that it is fastest
-    at, for its weight, and takes no more weight than the heaviest run that fits. What it takes to come to it is spread
-    over these.
-    """
-
-    def __init__(self, kinds: Sequence[Kind], boxes: Sequence[Boxes]) -> None:
-        weights = [max(seconds, 1e-12) for seconds in kinds[0].seconds]
-        before = [0.0, *accumulate(weights)]
-        self._weight = [before[-1] - weight for weight in before]
-        self._most = [
-            max(before[kind.furthest(first)] - before[first] for first in range(len(weights))) for kind in kinds
-        ]
-        hop = min([box.hop for box in boxes] + [a.leave + b.enter for a in boxes for b in boxes])
-        hop += min(kind.leave for kind in kinds)
-        self._rates = [
-            min(seconds / weight for seconds, weight in zip(kind.seconds, weights, strict=True))
-            + ((kind.enter + hop) / most if most else 0.0)
-            for kind, most in zip(kinds, self._most, strict=True)
-        ]
-        self._order = sorted(range(len(kinds)), key=lambda kind: self._rates[kind])
-        self._back = min(kind.back for kind in kinds)
-        self._known: dict[tuple[int, tuple[int, ...]], float] = {}
-
-    def of(self, first: int, left: tuple[int, ...]) -> float:
-        """`left` counts the devices of each kind. Infinite if they cannot hold the blocks from `first` on."""
-        known = self._known.get((first, left))
-        if known is None:
-            known = self._known[first, left] = self._seconds(self._weight[first], left)
-        return known
-
-    def _seconds(self, missing: float, left: tuple[int, ...]) -> float:
-        if missing <= 0:
-            return 0.0
-        seconds = self._back
-        for kind in self._order:
-            most = left[kind] * self._most[kind]
-            if most >= missing * (1 - TOLERANCE):
-                return seconds + missing * self._rates[kind]
-            seconds += most * self._rates[kind]
-            missing -= most
-        return inf
+    def _steps(self, closed: Sequence[int], most: int, first: int) -> list[tuple[int, int, int]]:
+        """Where devices of the next box may end, with how many of them and the box; the furthest first."""
+        steps = []
+        for box, there in enumerate(closed):
+            if there:
+                lasts = self._boxes[box].of(first)
+                numbers = range(1, min(most + 1, len(lasts))) if self._scarce else [len(lasts) - 1]
+                steps += [(lasts[n], n, box) for n in numbers if lasts[n] > lasts[n - 1 if self._scarce else 0]]
+        return sorted(steps, key=lambda step: (-step[0], step[1]))

@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import inf
 
-from .search import TOLERANCE, Kind
+from .kinds import TOLERANCE, Kind
 
 
 @dataclass(frozen=True)
