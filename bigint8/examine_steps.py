@@ -35,16 +35,17 @@ class LlamaStack:
         places = (0, width), (heads * width, width), ((heads + kv_heads) * width, width)
         attention = Attention(heads, kv_heads, width, *places, scale=width**-0.5, rotated=width)
 
-        def linear(outputs: int, features: int) -> Linear:
-            """Its weights' spread keeps that of X."""
+        def linear(outputs: int, features: int, spread: float = 1.0) -> Linear:
+            """Its weights' spread keeps that of X, or so much of it."""
             weight = torch.randint(-127, 128, (outputs, features), dtype=torch.int8, device=device)
-            scale = (torch.rand(outputs, device=device) + 0.5) / (73 * features**0.5)
+            scale = spread * (torch.rand(outputs, device=device) + 0.5) / (73 * features**0.5)
             return Linear(weight, scale, None, 6.0)
 
         def block() -> FusedBlock:
             norm = Norm(torch.ones(hidden, dtype=torch.float16, device=device), None, 1e-5, centered=False)
             qkv, out = (linear((heads + 2 * kv_heads) * width, hidden),), linear(hidden, heads * width)
-            up, down = (linear(2 * feed, hidden),), linear(hidden, feed)
+            # gate and up are multiplied: as in trained models, hardly anything exceeds the threshold then
+            up, down = (linear(2 * feed, hidden, 0.75),), linear(hidden, feed)
             return FusedBlock(norm, norm, qkv, attention, out, up, down, "silu", True, False, False)
 
         self.blocks = [block() for _ in range(blocks)]
@@ -69,6 +70,13 @@ class LlamaStack:
         """Values of a block's int8 layers."""
         of = self.blocks[block]
         return sum(linear.weight.numel() for linear in (*of.qkv, of.out, *of.up, of.down))
+
+    @property
+    def values_a_row(self) -> int:
+        """Values that go into a block's int8 layers and come out of them, for each row: `Layout.values_a_row`."""
+        of = self.blocks[0]
+        groups = (of.qkv, (of.out,), of.up, (of.down,))
+        return sum(group[0].weight.shape[1] + sum(linear.weight.shape[0] for linear in group) for group in groups)
 
     def run(self, x: Tensor, batch: Batch, reference_instead: bool = False) -> Tensor:
         """All blocks, with the kernels of the device or in plain torch."""

@@ -7,15 +7,17 @@ rows, keys and values from more tokens before. So it is the rate of the whole st
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import torch
 from bigint8_kernels import float_linear
+from bigint8_kernels.step import PAGE
 
-from .examine_steps import LlamaStack, least_seconds_of
+from .examine_steps import LlamaStack, seconds_of
 from .model.graphs import Graphs, Shape
 from .model.offload import OpenFile
 from .model.program import Rows
@@ -25,10 +27,13 @@ from .plan.speed import UNKNOWN_DISK, DiskSpeed, Speed
 HIDDEN, BLOCKS = 2048, 6
 """Of the large blocks: 50 MB each in int8, so that no cache holds them."""
 
-SMALL_HIDDEN, SMALL_BLOCKS = 256, 16
+SMALL_HIDDEN, SMALL_BLOCKS = 512, 8
 """Of the small blocks, whose weights stay in the cache."""
 
-FEW_ROWS, PROMPT_ROWS, CONTEXT = 8, 256, 4096
+FEW_ROWS, SHORT_ROWS, PROMPT_ROWS, CONTEXT = 8, 64, 320, 4096
+
+TURNS, REPEATS = 3, 3
+"""How often all steps are timed in turn, and each of them in its turn."""
 
 HEAD_ROWS = 32768
 """Rows of a 16-bit output head."""
@@ -55,15 +60,15 @@ class _Steps:
         x, batch = self.stack.given(counts, rows if kind == "decode" else 0)
         if self.device.type == "cpu":
             recorded = Rows(self.stack.program, self.stack.hidden, rows, self.device)
-            return least_seconds_of(lambda: recorded.run(batch, x), self.device)
+            return seconds_of_turn(lambda: recorded.run(batch, x), self.device)
         if kind == "prompt":
-            return least_seconds_of(lambda: self.stack.run(x, batch), self.device)
+            return seconds_of_turn(lambda: self.stack.run(x, batch), self.device)
         tables = tuple(table.shape[1] for table in batch.tables)
         graphs = Graphs(
             self.stack.run, Shape(self.stack.hidden, x.dtype, tables, self.stack.width), self.device, (rows,)
         )
         graphs.capture()
-        return least_seconds_of(lambda: graphs(x, batch), self.device)
+        return seconds_of_turn(lambda: graphs(x, batch), self.device)
 
 
 def measure_device(device: Device) -> Iterator[tuple[int, Speed]]:
@@ -82,36 +87,72 @@ def measure_device(device: Device) -> Iterator[tuple[int, Speed]]:
 
 @torch.no_grad()
 def measure(device: torch.device, source: str) -> Speed:
-    """The speed of a device with torch's present number of threads. Takes a minute, and 0.5 GB of its memory."""
-    small = _Steps(LlamaStack(SMALL_BLOCKS, SMALL_HIDDEN, 2, device), device)
-    large = _Steps(LlamaStack(BLOCKS, HIDDEN, FEW_ROWS * 2 + CONTEXT // 16 + 32, device), device)
+    """The speed of a device with torch's present number of threads. Takes a minute or two, and 0.5 GB of its memory."""
+    small = _Steps(LlamaStack(SMALL_BLOCKS, SMALL_HIDDEN, PROMPT_ROWS // PAGE + 2, device), device)
+    large = _Steps(LlamaStack(BLOCKS, HIDDEN, FEW_ROWS * 2 + CONTEXT // PAGE + 32, device), device)
     small_block, large_block = small.stack.weight_values(0), large.stack.weight_values(0)
     weights = BLOCKS * large_block
 
-    one = large.seconds(1, 0, "decode")
-    few = large.seconds(FEW_ROWS, 0, "decode")
-    far = large.seconds(1, CONTEXT, "decode")
-    prompt = large.seconds(PROMPT_ROWS, 0, "prompt")
-    far_prompt = large.seconds(PROMPT_ROWS, CONTEXT - PROMPT_ROWS, "prompt")
+    head = _head(device)
+    times = _in_turns(
+        {
+            "one": lambda: large.seconds(1, 0, "decode"),
+            "few": lambda: large.seconds(FEW_ROWS, 0, "decode"),
+            "far": lambda: large.seconds(1, CONTEXT, "decode"),
+            "short": lambda: large.seconds(SHORT_ROWS, 0, "prompt"),
+            "prompt": lambda: large.seconds(PROMPT_ROWS, 0, "prompt"),
+            "far prompt": lambda: large.seconds(PROMPT_ROWS, CONTEXT - PROMPT_ROWS, "prompt"),
+            "small one": lambda: small.seconds(1, 0, "decode"),
+            "small short": lambda: small.seconds(SHORT_ROWS, 0, "prompt"),
+            "small prompt": lambda: small.seconds(PROMPT_ROWS, 0, "prompt"),
+            "one of the head": lambda: head(1),
+            "few of the head": lambda: head(FEW_ROWS),
+            "bus": lambda: _bus_seconds(device),
+        }
+    )
 
     def rate(amount: float, seconds: float) -> float:
         return amount / max(seconds, LEAST_SECONDS)
 
-    # a block's seconds are block_seconds + its weights / read: two sizes of blocks give both
-    small_seconds = small.seconds(1, 0, "decode") / SMALL_BLOCKS
-    read = rate(large_block - small_block, one / BLOCKS - small_seconds)
-    head = _head_seconds(device)
+    attention = rate(4 * BLOCKS * HIDDEN * PROMPT_ROWS * (CONTEXT - PROMPT_ROWS), times["far prompt"] - times["prompt"])
+
+    def row_seconds(what: str, hidden: int, blocks: int) -> float:
+        """Of a row of a prompt, in one block, without attention: there a row sees half of the others."""
+        seen = 4 * hidden * (PROMPT_ROWS**2 - SHORT_ROWS**2) / 2 / attention
+        seconds = (times[f"{what}prompt"] - times[f"{what}short"]) / blocks - seen
+        return max(seconds, LEAST_SECONDS) / (PROMPT_ROWS - SHORT_ROWS)
+
+    # a block's seconds are block_seconds + its weights / read: two sizes of blocks give both; so it is with the
+    # operations and the values of a prompt's rows
+    read = rate(large_block - small_block, times["one"] / BLOCKS - times["small one"] / SMALL_BLOCKS)
+    row, small_row = row_seconds("", HIDDEN, BLOCKS), row_seconds("small ", SMALL_HIDDEN, SMALL_BLOCKS)
+    ops, small_ops, values, small_values = (
+        2 * large_block, 2 * small_block, large.stack.values_a_row, small.stack.values_a_row
+    )  # fmt: skip
+    value_seconds = max(0.0, small_row * ops - row * small_ops) / (small_values * ops - values * small_ops)
+    first = times["short"] - BLOCKS * (SHORT_ROWS * row + 4 * HIDDEN * SHORT_ROWS**2 / 2 / attention)
     return Speed(
         read_bytes_per_s=read,
-        cache_bytes_per_s=rate(BLOCKS * CONTEXT * large.stack.kv_bytes, far - one),
-        row_ops_per_s=rate(2 * (FEW_ROWS - 1) * weights, few - one),
-        float_row_ops_per_s=rate(2 * (FEW_ROWS - 1) * HEAD_ROWS * HIDDEN, head(FEW_ROWS) - head(1)),
-        prompt_ops_per_s=rate(2 * (PROMPT_ROWS - 1) * weights, prompt - one),
-        attention_ops_per_s=rate(4 * BLOCKS * HIDDEN * PROMPT_ROWS * (CONTEXT - PROMPT_ROWS), far_prompt - prompt),
-        block_seconds=max(small_seconds - small_block / read, LEAST_SECONDS),
-        bus_bytes_per_s=_bus_bytes_per_s(device),
+        cache_bytes_per_s=rate(BLOCKS * CONTEXT * large.stack.kv_bytes, times["far"] - times["one"]),
+        row_ops_per_s=rate(2 * (FEW_ROWS - 1) * weights, times["few"] - times["one"]),
+        float_row_ops_per_s=rate(
+            2 * (FEW_ROWS - 1) * HEAD_ROWS * HIDDEN, times["few of the head"] - times["one of the head"]
+        ),
+        prompt_ops_per_s=ops / max(row - values * value_seconds, row / 10),
+        prompt_read_bytes_per_s=min(read, rate(weights, first)),
+        prompt_values_per_s=1 / max(value_seconds, 1e-15),
+        attention_ops_per_s=attention,
+        block_seconds=max(times["small one"] / SMALL_BLOCKS - small_block / read, LEAST_SECONDS),
+        bus_bytes_per_s=COPY_BYTES / times["bus"],
         source=source,
     )
+
+
+def _in_turns(steps: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """The seconds of each step: all are timed in turn, again and again, so that what else the machine does for a while
+    spoils few turns of each."""
+    turns = [{name: step() for name, step in steps.items()} for _ in range(TURNS)]
+    return {name: median(turn[name] for turn in turns) for name in steps}
 
 
 def measure_disk(folder: Path) -> DiskSpeed:
@@ -142,7 +183,7 @@ def measure_disk(folder: Path) -> DiskSpeed:
         return DiskSpeed(first, max(read() for _ in range(READS)), f"measured in {folder}")
 
 
-def _head_seconds(device: torch.device) -> Callable[[int], float]:
+def _head(device: torch.device) -> Callable[[int], float]:
     """Seconds of a 16-bit output head by the number of rows."""
     weight = torch.randn(HEAD_ROWS, HIDDEN, device=device).to(torch.bfloat16)
 
@@ -150,14 +191,19 @@ def _head_seconds(device: torch.device) -> Callable[[int], float]:
         x = torch.randn(rows, HIDDEN, device=device)
         if device.type == "cuda":
             narrow = x.to(torch.bfloat16)
-            return least_seconds_of(lambda: narrow @ weight.T, device)
-        return least_seconds_of(lambda: float_linear(x, weight), device)
+            return seconds_of_turn(lambda: narrow @ weight.T, device)
+        return seconds_of_turn(lambda: float_linear(x, weight), device)
 
     return seconds
 
 
-def _bus_bytes_per_s(device: torch.device) -> float:
-    """From page-locked host memory to a GPU; for the CPU, from memory to memory."""
+def _bus_seconds(device: torch.device) -> float:
+    """To copy COPY_BYTES from page-locked host memory to a GPU; for the CPU, from memory to memory."""
     target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    return COPY_BYTES / least_seconds_of(lambda: target.copy_(source, non_blocking=True), device)
+    return seconds_of_turn(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def seconds_of_turn(work: Callable[[], object], device: torch.device) -> float:
+    """The median seconds of a few calls, after one that does not count."""
+    return seconds_of(work, device, REPEATS)

@@ -82,9 +82,15 @@ def block_seconds(plan, block, rows):
     sizes, part, window = layout.sizes, layout.blocks[block].part, layout.sizes.windows[block] or 10**9
     int8, others = 2 * part.int8_values, 2 * part.other_values
     few = int8 / speed.row_ops_per_s + others / speed.float_row_ops_per_s
-    many = int8 / speed.prompt_ops_per_s + others / speed.float_row_ops_per_s
-    seconds = speed.block_seconds + part.weight_bytes(2) / speed.read_bytes_per_s
-    seconds += rows.decode * few + rows.prompt * many - (few if rows.decode else many)
+    values = (
+        (2048 + 2560) + (2048 + 2048) + (2048 + 2 * 5632) + (5632 + 2048)
+    )  # TinyLlama's: qkv, out, gate and up, down
+    many = int8 / speed.prompt_ops_per_s + values / speed.prompt_values_per_s + others / speed.float_row_ops_per_s
+    seconds = speed.block_seconds
+    if rows.decode:
+        seconds += part.weight_bytes(2) / speed.read_bytes_per_s + (rows.decode - 1) * few
+    if rows.prompt:
+        seconds += part.weight_bytes(2) / speed.prompt_read_bytes_per_s + rows.prompt * many
     seconds += rows.decode * min(window, rows.context) * 2 * sizes.kv_values / speed.cache_bytes_per_s
     seen = min(window, rows.prompt_after + rows.prompt / 2)
     return seconds + 4 * sizes.hidden * rows.prompt * seen / speed.attention_ops_per_s

@@ -14,7 +14,15 @@ from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import Device, cpu_device, preset_gpus
 from bigint8.plan.predict import PlanTimes, predict
 from bigint8.plan.spec import spec_of
-from bigint8.plan.speed import UNKNOWN_CORE, MeasuredSpeeds, cpu_speed, measured_gpu, save_speeds, speeds_file
+from bigint8.plan.speed import (
+    UNKNOWN_CORE,
+    MeasuredSpeeds,
+    cpu_speed,
+    measured_gpu,
+    save_speeds,
+    shared_cpu_speed,
+    speeds_file,
+)
 from bigint8.plan.time import Rows, TimeModel
 from bigint8.simulation.load import Load
 from bigint8.simulation.simulate import simulate
@@ -42,14 +50,27 @@ def test_what_was_measured_takes_the_place_of_what_is_assumed():
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"a CPU": {"1": {}}}', json.dumps({"a CPU": {"1": asdict(replace(FAST, read_bytes_per_s=-1.0))}})],
-    ids=["no JSON", "a list", "a key lacks", "a negative rate"],
+    ["{", "[]", '{"a CPU": {"1": 5}}', json.dumps({"a CPU": {"1": asdict(replace(FAST, read_bytes_per_s=-1.0))}})],
+    ids=["no JSON", "a list", "no speeds", "a negative rate"],
 )
 def test_a_damaged_file_of_speeds_is_refused_by_name(text):
     speeds_file().parent.mkdir(parents=True, exist_ok=True)
     speeds_file().write_text(text)
     with pytest.raises(BigInt8Error, match=r"speeds\.json: .*doctor --save"):
         cpu_speed("a CPU", 1)
+
+
+def test_a_file_of_an_older_version_is_as_none():
+    older = {name: value for name, value in asdict(FAST).items() if name != "prompt_values_per_s"}
+    speeds_file().parent.mkdir(parents=True, exist_ok=True)
+    speeds_file().write_text(json.dumps({"a CPU": {"1": older}}))
+    assert cpu_speed("a CPU", 1) == UNKNOWN_CORE
+
+
+def test_workers_that_compute_together_share_what_the_memory_gives():
+    save_speeds("a CPU", {1: FAST, 2: replace(FAST, read_bytes_per_s=36e9, cache_bytes_per_s=30e9)})
+    shared = shared_cpu_speed("a CPU", 1, 2)
+    assert shared == replace(FAST, read_bytes_per_s=18e9)  # half of 30e9 is more than one reads
 
 
 def test_more_cores_compute_more_and_read_no_more_than_was_measured():

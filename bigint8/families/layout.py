@@ -273,6 +273,15 @@ class Layout:
         """The same model, whose head is tied to the embeddings, with a copy of their matrix in the last stage."""
         return replace(self, head=replace(self.head, part=self.first[0].part + self.head.part), copied_head=True)
 
+    @cached_property
+    def values_a_row(self) -> int:
+        """Inputs and outputs of a block's linear layers; those that share their inputs take them once."""
+        linears = {linear.name: linear for linear in self.sizes.linears}
+        groups: list[tuple[str, ...]] = [(name,) for name in linears]
+        if self.recipe is not None:
+            groups = [self.recipe.qkv, (self.recipe.out,), self.recipe.up, (self.recipe.down,)]
+        return sum(linears[group[0]].inputs + sum(linears[name].outputs for name in group) for group in groups)
+
     def page_bytes(self, dtype_bytes: int) -> int:
         """Bytes of a page of keys and values in one block."""
         return self.sizes.kv_values * PAGE_TOKENS * dtype_bytes

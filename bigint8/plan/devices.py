@@ -26,6 +26,7 @@ from .speed import (
     measured_gpu,
     plain_torch_speed,
     saved_disk,
+    shared_cpu_speed,
 )
 
 CONTEXT_BYTES = 500 * MIB
@@ -78,7 +79,8 @@ def this_box() -> Box:
 class Device:
     """One device: `name` as torch spells it ("cuda:0", "cpu"), `usable_bytes` for weights, cache and workspace.
 
-    `fast_16bit` is the 16-bit format it multiplies fast, None where float32 is faster than either.
+    `fast_16bit` is the 16-bit format it multiplies fast, None where float32 is faster than either. `shared_speed` is
+    its speed while the others of its box compute too, None where that is the same.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Device:
     fast_16bit: str | None
     speed: Speed = UNKNOWN_GPU
     box: Box = THIS_BOX
+    shared_speed: Speed | None = None
 
     @property
     def kind(self) -> str:
@@ -179,8 +182,10 @@ def cpu_device(share: int = 1) -> Device:
     """The CPU, or one of `share` equal shares of its memory; each is for a process of its own, with its libraries."""
     usable = share_of(max(0, available_memory() - HOST_RESERVE_BYTES), share)
     model = _cpu_model()
-    speed = cpu_speed(model, max(1, usable_cpus() // share))
-    return Device("cpu", model, usable, "bfloat16" if _cpu_has_bf16() else None, speed, this_box())
+    cores = max(1, usable_cpus() // share)
+    shared = None if share == 1 else shared_cpu_speed(model, cores, share)
+    dtype = "bfloat16" if _cpu_has_bf16() else None
+    return Device("cpu", model, usable, dtype, cpu_speed(model, cores), this_box(), shared)
 
 
 def share_of(usable_bytes: int, share: int) -> int:

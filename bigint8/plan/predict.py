@@ -1,6 +1,8 @@
 """What a plan promises in seconds, by the time model: computed, not measured."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from math import ceil
 
 from ..options import SHORT_PROMPT
@@ -55,7 +57,7 @@ def predict(
     groups = min(sequences, len(plan.stages))
     rows = ceil(sequences / groups)
     steps = PlanTimes(plan)
-    decode = steps.decode(rows, context)
+    decode = (steps.together if groups > 1 else steps).decode(rows, context)
     chunk = steps.prompt(min(prompt, work.chunk), 0)
     stages = tuple(
         StageTimes(seconds, prefill, hop, steps.load_seconds(stage))
@@ -91,17 +93,29 @@ class StepTimes:
 class PlanTimes:
     """The time model over the stages of a plan. What a stage's blocks cost is added up once, when this is made."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, together: bool = False) -> None:
+        """together: all stages compute at the same time; devices that share memory or clock are slower then."""
         self.plan = plan
+        speeds = [stage.device.speed for stage in plan.stages]
+        if together:
+            speeds = [stage.device.shared_speed or stage.device.speed for stage in plan.stages]
         self.model = TimeModel(plan.spec.known_layout, FLOAT_BYTES[plan.dtype])
         self.blocks = [
-            self.model.blocks_cost(stage.first_block, stage.last_block, stage.device.speed) for stage in plan.stages
+            self.model.blocks_cost(stage.first_block, stage.last_block, speed)
+            for stage, speed in zip(plan.stages, speeds, strict=True)
         ]
         self.head_stage = 0 if plan.spec.tied else len(plan.stages) - 1
-        self.head = self.model.head_cost(plan.stages[self.head_stage].device.speed)
+        self.head = self.model.head_cost(speeds[self.head_stage])
         self.streaming = [self._streaming(stage) for stage in plan.stages]
         self.is_ring = plan.spec.tied and len(plan.stages) > 1
         """Whether the rows that the head takes go from the last stage back to the first."""
+
+    @cached_property
+    def together(self) -> "PlanTimes":
+        """The same while all stages compute."""
+        stages = self.plan.stages
+        shared = len(stages) > 1 and any(stage.device.shared_speed is not None for stage in stages)
+        return PlanTimes(self.plan, together=True) if shared else self
 
     def decode(self, sequences: int, context: int) -> StepTimes:
         """A token of each of so many sequences."""
@@ -148,12 +162,12 @@ class PlanTimes:
         work, stages = self.plan.workload, len(self.plan.stages)
         if tokens <= SHORT_PROMPT:
             return [self.step(Rows(decode=tokens, context=tokens // 2, kept=1))]
-        steps, sent = [], 0
+        sizes, sent = list[int](), 0
         while sent < tokens:
-            piece = min(work.piece(tokens - sent, stages), tokens - sent)
-            steps.append(self.prompt(piece, sent))
-            sent += piece
-        return steps
+            sizes.append(min(work.piece(tokens - sent, stages), tokens - sent))
+            sent += sizes[-1]
+        times = self.together if len(sizes) > 1 else self
+        return [times.prompt(size, before) for size, before in zip(sizes, [0, *accumulate(sizes)], strict=False)]
 
     def prompt_slots(self, tokens: int) -> tuple[list[tuple[int, int, float, float]], float]:
         """When the pieces of a prompt alone are in the stages, one behind the other: piece, stage, start, seconds. And

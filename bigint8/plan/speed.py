@@ -5,7 +5,7 @@ No torch. An operation is a multiplication or an addition, as data sheets count 
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,10 @@ PLAIN_TORCH_BYTES = 5
 """What crosses a GPU's memory for an int8 weight where no kernel of ours runs: the weight is read, its 16-bit copy is
 written and read."""
 
+VALUE_BYTES = 8
+"""What crosses a GPU's memory for each value that goes into a prompt's int8 layer or comes out: it is written and read
+in 16 bits, and may be again. Assumed."""
+
 GPU_BLOCK_SECONDS = 25e-6
 """Of a block on a GPU besides its bytes: 8 launches in a CUDA graph. Assumed."""
 
@@ -39,6 +43,8 @@ class Speed:
     read_bytes_per_s: of weights, by the product with one row; cache_bytes_per_s: of keys and values
     row_ops_per_s: of each further row of a step, and of values that are not int8 in float_row_ops_per_s
     prompt_ops_per_s: of a prompt's products; attention_ops_per_s: of its attention
+    prompt_read_bytes_per_s: of weights, by a prompt's products, which on a CPU rearrange them first
+    prompt_values_per_s: of what goes into a prompt's int8 layers and comes out of them
     block_seconds: of a block besides; bus_bytes_per_s: from the host's memory to the device
     source: where the figures are from
     """
@@ -48,6 +54,8 @@ class Speed:
     row_ops_per_s: float
     float_row_ops_per_s: float
     prompt_ops_per_s: float
+    prompt_read_bytes_per_s: float
+    prompt_values_per_s: float
     attention_ops_per_s: float
     block_seconds: float
     bus_bytes_per_s: float
@@ -64,6 +72,8 @@ def gpu_speed(
         row_ops_per_s=ROW_SHARE * float16_ops_per_s,
         float_row_ops_per_s=ROW_SHARE * float16_ops_per_s,
         prompt_ops_per_s=PROMPT_SHARE * int8_ops_per_s,
+        prompt_read_bytes_per_s=MEMORY_SHARE * bandwidth_bytes_per_s,
+        prompt_values_per_s=MEMORY_SHARE * bandwidth_bytes_per_s / VALUE_BYTES,
         attention_ops_per_s=ATTENTION_SHARE * float16_ops_per_s,
         block_seconds=GPU_BLOCK_SECONDS,
         bus_bytes_per_s=BUS_SHARE * bus_bytes_per_s,
@@ -76,6 +86,7 @@ def plain_torch_speed(speed: Speed, float16_ops_per_s: float) -> Speed:
     return replace(
         speed,
         read_bytes_per_s=speed.read_bytes_per_s / PLAIN_TORCH_BYTES,
+        prompt_read_bytes_per_s=speed.prompt_read_bytes_per_s / PLAIN_TORCH_BYTES,
         prompt_ops_per_s=PROMPT_SHARE * float16_ops_per_s,
         source=f"{speed.source}, for plain torch",
     )
@@ -88,7 +99,9 @@ UNKNOWN_CORE = Speed(
     cache_bytes_per_s=8e9,
     row_ops_per_s=8e10,
     float_row_ops_per_s=4e10,
-    prompt_ops_per_s=8e10,
+    prompt_ops_per_s=1e11,
+    prompt_read_bytes_per_s=3e9,
+    prompt_values_per_s=5e8,
     attention_ops_per_s=2e10,
     block_seconds=2e-5,
     bus_bytes_per_s=8e9,
@@ -136,6 +149,7 @@ def _scaled(speed: Speed, factor: float, most_bytes_per_s: float) -> Speed:
         row_ops_per_s=speed.row_ops_per_s * factor,
         float_row_ops_per_s=speed.float_row_ops_per_s * factor,
         prompt_ops_per_s=speed.prompt_ops_per_s * factor,
+        prompt_read_bytes_per_s=min(speed.prompt_read_bytes_per_s * factor, most_bytes_per_s),
         attention_ops_per_s=speed.attention_ops_per_s * factor,
         block_seconds=speed.block_seconds,
     )
@@ -147,6 +161,20 @@ def cpu_speed(model: str, cores: int) -> Speed:
     if measured is not None:
         return measured.of(cores)
     return _scaled(UNKNOWN_CORE, cores, MOST_READING_CORES * UNKNOWN_CORE.read_bytes_per_s)
+
+
+def shared_cpu_speed(model: str, cores: int, share: int) -> Speed:
+    """One of `share` workers with so many cores each, while all of them compute: they share what the memory gives.
+
+    Their operations are each one's own; what all cores do for one process is no measure of them, since parts of a step
+    run on one core.
+    """
+    alone, together = cpu_speed(model, cores), cpu_speed(model, cores * share)
+    return replace(
+        alone,
+        read_bytes_per_s=min(alone.read_bytes_per_s, together.read_bytes_per_s / share),
+        cache_bytes_per_s=min(alone.cache_bytes_per_s, together.cache_bytes_per_s / share),
+    )
 
 
 def measured_gpu(model: str) -> Speed | None:
@@ -173,10 +201,13 @@ def _read_speeds(file: Path, changed_ns: int) -> dict[str, MeasuredSpeeds]:
         return {
             model: MeasuredSpeeds({int(cores): _checked(Speed(**speed)) for cores, speed in by_cores.items()})
             for model, by_cores in kept.items()
+            if all(speed.keys() == _RATES for speed in by_cores.values())  # else an older version measured other rates
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise _damaged(file, error) from None
 
+
+_RATES = {field.name for field in fields(Speed)}
 
 Rates = TypeVar("Rates", Speed, DiskSpeed)
 
@@ -235,4 +266,4 @@ def _write(file: Path, kept: dict[str, Any]) -> Path:
 
 
 def _damaged(file: Path, error: Exception) -> BigInt8Error:
-    return BigInt8Error(f"{file}: not what `bigint8 doctor --save` writes: {error}; run that again")
+    return BigInt8Error(f"{file}: not what `bigint8 doctor --save` writes: {error}; delete it and run that again")

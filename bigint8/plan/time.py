@@ -1,12 +1,16 @@
 """The time model: what a stage takes for a step, and what a pipeline makes of that. Pure functions over plain data.
 
-A step reads the weights of its stage once. Its first row costs nothing besides; each further one costs its operations,
-and every row reads the keys and values that it sees. So
+A step with generated tokens reads the weights of its stage once. Its first row costs nothing besides; each further one
+costs its operations, and every row reads the keys and values that it sees. So
 
     seconds = blocks * block_seconds + weights / read + (rows - 1) * operations / row_ops + keys and values / cache
 
-and for a prompt's tokens the same with the operations of prompts, and those of attention. What it leaves out: on a GPU
-some of the operations hide behind the reading.
+For a prompt's tokens the weights are read by products of their own, which on a CPU rearrange them first; each row costs
+its operations, what passes through its layers besides (int8 inputs, sums, activations), and those of attention:
+
+    seconds = weights / prompt_read + rows * (operations / prompt_ops + values / prompt_values) + seen / attention
+
+What it leaves out: on a GPU some of the operations hide behind the reading.
 """
 
 import operator
@@ -62,12 +66,14 @@ class Work:
 class Cost:
     """Seconds of one block, of some blocks or of the head, which are affine in a step's work: so costs can be added.
 
-    weights_seconds: to read the weights; other_seconds: besides, whatever the rows are
-    few_seconds, prompt_seconds: of each row of that kind, but for the first row of the step
+    weights_seconds, prompt_weights_seconds: to read the weights for rows that are computed as generated tokens are, and
+        for those of prompts; other_seconds: besides, whatever the rows are
+    few_seconds, prompt_seconds: of each row of that kind, but for the first few row of the step
     few_seen_seconds, prompt_seen_seconds: of each token that these see, for each group of blocks
     """
 
     weights_seconds: float
+    prompt_weights_seconds: float
     other_seconds: float
     few_seconds: float
     prompt_seconds: float
@@ -77,6 +83,7 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
             self.weights_seconds + other.weights_seconds,
+            self.prompt_weights_seconds + other.prompt_weights_seconds,
             self.other_seconds + other.other_seconds,
             self.few_seconds + other.few_seconds,
             self.prompt_seconds + other.prompt_seconds,
@@ -87,9 +94,10 @@ class Cost:
     def seconds(self, work: Work) -> float:
         """Of a step; of one without rows, as where no row of it is kept for the head, what does not depend on them."""
         seconds, few, prompt = self.other_seconds, work.few, work.prompt
-        if few or prompt:
-            first = self.few_seconds if few else self.prompt_seconds
-            seconds += self.weights_seconds + few * self.few_seconds + prompt * self.prompt_seconds - first
+        if few:
+            seconds += self.weights_seconds + (few - 1) * self.few_seconds
+        if prompt:
+            seconds += self.prompt_weights_seconds + prompt * self.prompt_seconds
         for each, seen in zip(self.few_seen_seconds, work.few_seen, strict=True):
             seconds += each * seen
         if prompt:
@@ -124,7 +132,7 @@ class TimeModel:
         sizes, group = self.layout.sizes, self.layout.group_of(block)
         here = [float(other == group) for other in range(len(self.layout.groups))]
         return replace(
-            self._part_cost(self.layout.blocks[block].part, speed),
+            self._part_cost(self.layout.blocks[block].part, speed, self.layout.values_a_row),
             other_seconds=speed.block_seconds,
             few_seen_seconds=tuple(is_it * sizes.kv_values * self._size / speed.cache_bytes_per_s for is_it in here),
             prompt_seen_seconds=tuple(is_it * 4 * sizes.hidden / speed.attention_ops_per_s for is_it in here),
@@ -163,13 +171,16 @@ class TimeModel:
         """Of the hidden states of so many rows."""
         return rows * self.layout.sizes.hidden * self._size
 
-    def _part_cost(self, part: Part, speed: Speed) -> Cost:
+    def _part_cost(self, part: Part, speed: Speed, values: int = 0) -> Cost:
+        """`values`: what passes through its layers, of each row of a prompt."""
         int8, others = 2 * part.int8_values, 2 * (part.other_values + part.table_values)
+        size, of_others = part.weight_bytes(self._size), others / speed.float_row_ops_per_s
         return Cost(
-            weights_seconds=part.weight_bytes(self._size) / speed.read_bytes_per_s,
+            weights_seconds=size / speed.read_bytes_per_s,
+            prompt_weights_seconds=size / speed.prompt_read_bytes_per_s,
             other_seconds=0.0,
-            few_seconds=int8 / speed.row_ops_per_s + others / speed.float_row_ops_per_s,
-            prompt_seconds=int8 / speed.prompt_ops_per_s + others / speed.float_row_ops_per_s,
+            few_seconds=int8 / speed.row_ops_per_s + of_others,
+            prompt_seconds=int8 / speed.prompt_ops_per_s + values / speed.prompt_values_per_s + of_others,
         )
 
 

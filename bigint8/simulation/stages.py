@@ -21,10 +21,14 @@ from .clock import Clock
 
 @dataclass(eq=False)
 class _Way:
-    """A step on its way: what it asks for, the seconds of each kind of stage, and when which stage computes it."""
+    """A step on its way: what it asks for, the seconds of each kind of stage, and when which stage computes it.
+
+    times: alone, or while other steps are under way
+    """
 
     step: Step
     work: Work
+    times: PlanTimes
     kind_seconds: list[float]
     spans: list[tuple[int, float, float]] = field(default_factory=list)
 
@@ -38,8 +42,9 @@ class SimulatedStages:
         self._windows = times.model.layout.groups
         self._driver_seconds = DRIVER_SECONDS if self.count > 1 else 0.0
         self._hops: dict[tuple[int, int], float] = {}
-        self._kinds = list(dict.fromkeys(times.blocks))  # most stages cost the same: each kind is computed once a step
-        self._kind_of = [self._kinds.index(cost) for cost in times.blocks]
+        kinds = list(dict.fromkeys(times.blocks))  # most stages cost the same: each kind is computed once a step
+        self._kind_of = [kinds.index(cost) for cost in times.blocks]
+        self._examples = [times.blocks.index(cost) for cost in kinds]
         self.busy_seconds = [0.0] * self.count
         self._epoch = 0
         self._forget()
@@ -58,7 +63,9 @@ class SimulatedStages:
     def send(self, step: Step) -> None:
         """A step comes to the first stage."""
         work = self._work(step)
-        way = self._under_way[step.number] = _Way(step, work, [cost.seconds(work) for cost in self._kinds])
+        times = self._times.together if self._under_way else self._times
+        seconds = [times.blocks[stage].seconds(work) for stage in self._examples]
+        way = self._under_way[step.number] = _Way(step, work, times, seconds)
         self._steps.append(way)
         self._next()
 
@@ -80,7 +87,7 @@ class SimulatedStages:
         self._is_computing = True
         if self._rows:
             way = self._rows.popleft()
-            at = self._compute(way, 0, self._clock.now, self._times.head.seconds(way.work.head))
+            at = self._compute(way, 0, self._clock.now, way.times.head.seconds(way.work.head))
             self._later(at, partial(self._first_is_done, way, True))
         else:
             way = self._steps.popleft()
@@ -151,7 +158,7 @@ class SimulatedStages:
         """Of a stage's blocks, and of the head where it follows them at once."""
         seconds = way.kind_seconds[self._kind_of[stage]]
         if way.work.kept and stage == self._times.head_stage and not self._times.is_ring:
-            seconds += self._times.head.seconds(way.work.head)
+            seconds += way.times.head.seconds(way.work.head)
         return step_seconds(self._times.plan.stages[stage].device, seconds, self._times.streaming[stage])
 
     def _compute(self, way: _Way, stage: int, start: float, seconds: float) -> float:
