@@ -9,9 +9,11 @@ Sides, each in processes of its own, one after the other in each round:
 - llama.cpp, Q8_0, decoding the same requests together (n_seq_max) on the same two cores, where llama-cpp-python is
   installed.
 
-All requests arrive at once, each with a prompt of its own. "busy" is the smaller of both stages' shares of the time
-from the first request to the last token. With --hops, models of two blocks whose hidden states are 4096 wide are timed
-instead: a hop is what lies between a worker's start of sending and the next one's having all of it.
+All requests arrive at once, each with a prompt of its own. "simulated" are the tokens/s that `bigint8 plan
+--simulate` would say of the same requests, with the speed that `bigint8 doctor --save` measured before. "busy" is the
+smaller of both stages' shares of the time from the first request to the last token. With --hops, models of two blocks
+whose hidden states are 4096 wide are timed instead: a hop is what lies between a worker's start of sending and the
+next one's having all of it.
 """
 
 import itertools
@@ -99,6 +101,8 @@ def run_pipeline(
     from bigint8 import Workload
     from bigint8.model_pipeline import ModelPipeline
     from bigint8.session import find_model
+    from bigint8.simulation.load import Load
+    from bigint8.simulation.simulate import simulate
 
     asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None}
     workload = Workload(prompt + tokens + 16, requests)
@@ -114,9 +118,15 @@ def run_pipeline(
             for answer in pipeline.generate(prompts[first : first + size], **asked)
         ]
         seconds, after = time.perf_counter() - started, pipeline.stats()
+        simulated = simulate(pipeline.plan, Load(requests, None, prompt, tokens, 0.0))
     made = sum(len(answer.tokens) for answer in answers)
     busy = [b.busy_seconds - a.busy_seconds for a, b in zip(before.stages, after.stages, strict=True)]
-    return {"seconds": seconds, "tokens/s": made / seconds, "busy": min(busy) / seconds}
+    return {
+        "seconds": seconds,
+        "tokens/s": made / seconds,
+        "simulated": float("nan") if slots or batches > 1 else simulated.tokens_per_s,
+        "busy": min(busy) / seconds,
+    }
 
 
 def run_llama_cpp(file: Path, requests: int, prompt: int, tokens: int) -> Figures:
@@ -165,7 +175,8 @@ def run_llama_cpp(file: Path, requests: int, prompt: int, tokens: int) -> Figure
     for place in range(prompt, prompt + tokens - 1):
         last = decode([(token, place, sequence, True) for sequence, token in enumerate(last)])
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "tokens/s": requests * tokens / seconds, "busy": float("nan")}
+    unknown = float("nan")
+    return {"seconds": seconds, "tokens/s": requests * tokens / seconds, "simulated": unknown, "busy": unknown}
 
 
 def _batches(rows: list[Any], most: int) -> list[list[Any]]:
