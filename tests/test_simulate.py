@@ -195,6 +195,9 @@ class InstantStages:
         self.under_way.clear()
         return [self.stage]
 
+    def lost(self):
+        return None
+
     def stats(self):
         return []
 
