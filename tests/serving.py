@@ -4,7 +4,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,15 @@ TEMPLATE = (
 NAME = "tiny"
 
 
-def save_model(folder: Path, chats: bool = True) -> Path:
-    """A tiny llama with a long context, whose tokens are words w0 to w127, of which w2 ends a text."""
-    tiny_model("llama", False, torch.float32, max_position_embeddings=WORK.context).save_pretrained(folder)
+def save_model(folder: Path, chats: bool = True, ends: bool = True) -> Path:
+    """A tiny llama with a long context, whose tokens are words w0 to w127, of which w2 ends a text.
+
+    Without `ends` w2 is never the likeliest.
+    """
+    model = tiny_model("llama", False, torch.float32, max_position_embeddings=WORK.context)
+    if not ends:
+        model.lm_head.weight.data[2] = 0
+    model.save_pretrained(folder)
     save_tokenizer(folder)
     if chats:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -51,7 +57,6 @@ class Service:
     state: State
     pipeline: ModelPipeline
     client: httpx.Client
-    made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def port(self) -> int:
@@ -78,14 +83,17 @@ def until(condition, seconds: float = WAIT) -> None:
 
 
 @contextlib.contextmanager
-def serving(pipeline: ModelPipeline, limits: Limits | None = None, keys: tuple[str, ...] = ()) -> Iterator[Service]:
-    """A service over a loaded pipeline, on a free port."""
+def serving(
+    pipeline: ModelPipeline, limits: Limits | None = None, keys: tuple[str, ...] = (), ends: bool = True
+) -> Iterator[Service]:
+    """A service over a loaded pipeline, on a free port. Without `ends` no token ends an answer."""
     state, limits = State(NAME), limits or Limits()
     with (
         Server(new_app(state, limits, Keys(keys)), "127.0.0.1", 0, limits) as server,
         httpx.Client(base_url=server.address, timeout=WAIT) as client,
     ):
-        state.open(Model.of(pipeline))
+        model = Model.of(pipeline)
+        state.open(model if ends else replace(model, ends=frozenset()))
         yield Service(server.address, state, pipeline, client)
 
 

@@ -16,7 +16,7 @@ KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
-RETRY_SECONDS = 5
+RETRY_SECONDS = 2
 """When a client may try again, where the service is full or not ready."""
 
 
