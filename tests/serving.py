@@ -3,13 +3,14 @@
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
+from fastapi import FastAPI
 from folders import save_tokenizer
 from tiny import tiny_model
 from transformers import AutoTokenizer
@@ -84,12 +85,21 @@ def until(condition, seconds: float = WAIT) -> None:
 
 @contextlib.contextmanager
 def serving(
-    pipeline: ModelPipeline, limits: Limits | None = None, keys: tuple[str, ...] = (), ends: bool = True
+    pipeline: ModelPipeline,
+    limits: Limits | None = None,
+    keys: tuple[str, ...] = (),
+    ends: bool = True,
+    change: Callable[[FastAPI], None] = lambda app: None,
 ) -> Iterator[Service]:
-    """A service over a loaded pipeline, on a free port. Without `ends` no token ends an answer."""
+    """A service over a loaded pipeline, on a free port. Without `ends` no token ends an answer.
+
+    `change` may give its application further paths.
+    """
     state, limits = State(NAME), limits or Limits()
+    app = new_app(state, limits, Keys(keys))
+    change(app)
     with (
-        Server(new_app(state, limits, Keys(keys)), "127.0.0.1", 0, limits) as server,
+        Server(app, "127.0.0.1", 0, limits) as server,
         httpx.Client(base_url=server.address, timeout=WAIT) as client,
     ):
         model = Model.of(pipeline)
