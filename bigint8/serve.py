@@ -71,7 +71,7 @@ class Signals:
         self.serving = self.ending = False
 
     def take(self) -> None:
-        """Take SIGTERM and SIGINT. Ray takes them too when it starts, so this is called again after it."""
+        """Take SIGTERM and SIGINT from now on."""
         signal.signal(signal.SIGTERM, self._terminated)
         signal.signal(signal.SIGINT, self._interrupted)
 
@@ -122,7 +122,6 @@ def serve(flags: ServeFlags) -> None:
             print_summary(console, pipeline.plan, reports, time.perf_counter() - began)
             state.open(Model.of(pipeline))
             signals.serving = True
-            signals.take()
             console.print(f"serving {state.name} on {server.address}", soft_wrap=True)
             while not signals.ending:
                 time.sleep(LOOK_SECONDS)
