@@ -187,10 +187,8 @@ def test_a_body_that_does_not_come_to_an_end_is_given_up(service):
     for _ in range(6):
         connection.sendall(b"{")
         time.sleep(0.05)
-    connection.settimeout(WAIT)
-    answer = connection.recv(65536)
-    assert b" 408 " in answer.splitlines()[0] and b'"request_timeout"' in answer
-    assert read_all(connection) == b"", "and the connection is closed"
+    status, body = answer_to(connection)
+    assert status == 408 and body["error"]["code"] == "request_timeout"
 
 
 def test_a_client_that_does_not_read_is_hung_up_on(service):
@@ -294,7 +292,8 @@ def test_an_engine_that_ends_fails_what_runs_with_503_and_a_streams_last_event(f
         health = service.client.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "failed"
         assert_refused(service.complete(), 503, "engine_failed")
-        assert service.client.get("/metrics").status_code == 200
+        for path in ("/metrics", "/stats"):
+            assert service.client.get(path).status_code == 200
 
 
 # --- as a program, over two workers --------------------------------------------------------------------------------
@@ -369,6 +368,16 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(folder, service,
     assert began.code == 2 and f"--port {service.port}" in began.error and "Traceback" not in began.error
     refused = run(serve, folder, "--gpu-type", "rtx-3090")
     assert refused.code == 2 and "--gpu-type is for plans" in refused.error
+
+
+def test_without_the_extra_the_command_says_how_to_install_it(folder):
+    program = (
+        "import sys; sys.modules['fastapi'] = None; sys.argv = ['serve', sys.argv[1]]\n"
+        "from bigint8.serve import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 2
+    assert done.stderr == 'error: bigint8 serve needs fastapi: pip install "bigint8[serve]"\n'
 
 
 def test_the_slow_stage_changes_no_token(service):

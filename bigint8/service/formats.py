@@ -114,9 +114,17 @@ def _parallel_lists(tokens: Sequence[TokenText]) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [dict(reversed(token.likeliest)) for token in tokens],
+        "top_logprobs": [_by_text(token.likeliest) for token in tokens],
         "text_offset": [token.offset for token in tokens],
     }
+
+
+def _by_text(likeliest: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The likeliest first; of tokens that read alike, the likelier."""
+    found: dict[str, float] = {}
+    for text, logprob in likeliest:
+        found.setdefault(text, logprob)
+    return found
 
 
 def _entries(tokens: Sequence[TokenText]) -> dict[str, Any]:

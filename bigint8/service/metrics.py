@@ -54,7 +54,7 @@ class Sampler:
 
 def _busy(last: Sample | None, stats: EngineStats) -> tuple[float, ...]:
     """A stage that was started again meanwhile counts from its start."""
-    if last is None or stats.seconds <= last.stats.seconds:
+    if last is None or stats.seconds <= last.stats.seconds or len(stats.stages) != len(last.stats.stages):
         return stats.busy
     seconds = stats.seconds - last.stats.seconds
     before = [stage.busy_seconds for stage in last.stats.stages]
