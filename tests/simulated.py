@@ -157,7 +157,7 @@ class SimulatedStages:
     count: int = 1
     losses: dict[int, int] = field(default_factory=dict)  # after so many pieces of work, which stage dies
     seed: int = 0
-    lost: set[int] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)
 
     def __post_init__(self):
         self.stages = [SimulatedStage(self.groups, index) for index in range(self.count)]
@@ -172,8 +172,8 @@ class SimulatedStages:
 
     def receive(self, timeout: float) -> Result:
         while True:
-            if self.lost:
-                raise StageLost(min(self.lost), f"stage {min(self.lost)} is lost")
+            if (lost := self.lost()) is not None:
+                raise lost
             if self.queues[-1] and self.chance.random() < 0.5:
                 return self.queues[-1].popleft()
             busy = [index for index in range(self.count) if self.queues[index]]
@@ -181,7 +181,7 @@ class SimulatedStages:
                 return self.queues[-1].popleft()
             if self.work in self.losses:
                 index = self.losses.pop(self.work)
-                self.lost.add(index)
+                self.gone.add(index)
                 self.stages[index].lose()
                 continue
             self._work(self.chance.choice(busy))
@@ -198,8 +198,11 @@ class SimulatedStages:
     def restore(self) -> list[int]:
         for queue in self.queues:
             queue.clear()
-        lost, self.lost = sorted(self.lost), set()
+        lost, self.gone = sorted(self.gone), set()
         return lost
+
+    def lost(self):
+        return StageLost(min(self.gone), f"stage {min(self.gone)} is lost") if self.gone else None
 
     def stats(self):
         return [StageStats(0.0, self.work, 0) for _ in self.stages]

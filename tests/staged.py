@@ -49,5 +49,8 @@ class SeveralStages:
         self.stages[-1] = self.loaded(self.count - 1)
         return [self.count - 1]
 
+    def lost(self):
+        return None
+
     def stats(self):
         return [StageStats(0.0, self.number, sum(self.rows))] * self.count

@@ -20,8 +20,9 @@ LIBRARY, KERNELS = ROOT / "bigint8", ROOT / "kernels" / "bigint8_kernels"
 
 ROOMS = (
     ("errors", "units"), ("options",), ("checkpoint",), ("sources",), ("families",), ("plan",), ("model",), ("load",),
-    ("run",), ("simulation",), ("session",), ("model_pipeline",), ("terminal",), ("compare_plans",), ("examine_steps",),
-    ("examine", "measure_speed"), ("launch", "plan_command", "check", "quantize", "doctor"), ("__main__",),
+    ("run",), ("simulation",), ("session",), ("model_pipeline",), ("service",), ("terminal",), ("compare_plans",),
+    ("examine_steps",), ("examine", "measure_speed"),
+    ("launch", "serve", "plan_command", "check", "quantize", "doctor"), ("__main__",),
 )  # fmt: skip
 """Each imports only from those before it, and from itself. Those that stand together import nothing of each other."""
 

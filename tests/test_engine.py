@@ -18,7 +18,7 @@ from bigint8.options import Workload
 from bigint8.run.engine import MAX_RESTARTS, Engine
 from bigint8.run.pages import PageGroup
 from bigint8.run.settings import Settings
-from bigint8.run.stages import LocalStages, StageLost
+from bigint8.run.stages import Health, LocalStages, StageLost
 from bigint8.run.trace import Trace
 
 FULL, WINDOW = PageGroup(None, 64), PageGroup(20, 64)
@@ -439,7 +439,7 @@ class Dying(SimulatedStages):
     """Stages of which one dies whenever a result is waited for."""
 
     def receive(self, timeout):
-        self.lost.add(0)
+        self.gone.add(0)
         return super().receive(timeout)
 
 
@@ -451,6 +451,29 @@ def test_stages_that_keep_dying_fail_every_request():
                 completion.result(WAIT)
         with pytest.raises(WorkerError, match="the engine has ended: stages died"):
             engine.submit([1], Settings(5))
+
+
+def test_a_stage_that_is_lost_while_nothing_runs_is_restored_before_anything_does():
+    with engine_of(stages=2) as engine:
+        expected = engine.submit([1, 2, 3], Settings(20)).result(WAIT).tokens
+        stages, restore = engine._stages, threading.Event()
+        assert engine.health() == Health("running")
+        mend = stages.restore
+        stages.restore = lambda: restore.wait(WAIT) and mend()
+        stages.gone.add(1)
+        assert engine.health() == Health("restoring", 1), "it is known at once"
+        waiting = engine.submit([1, 2, 3], Settings(20))
+        assert engine.health() == Health("restoring", 1)
+        restore.set()
+        assert waiting.result(WAIT).tokens == expected
+        assert engine.health() == Health("running") and engine.stats().restarts == 1
+        stages.gone.add(0)  # and again, without a request that shows it
+        for _ in range(2000):
+            if engine.stats().restarts == 2 and engine.health() == Health("running"):
+                break
+            threading.Event().wait(0.005)
+        assert engine.health() == Health("running") and engine.stats().restarts == 2 and not stages.gone
+    assert engine.health().state == "ended" and "was closed" in engine.health().error
 
 
 class Unrestorable(Dying):

@@ -116,7 +116,9 @@ def test_two_workers_write_text_and_a_report(run, tmp_path):
     assert written["timings"]["load_seconds"] > 0
 
 
-@pytest.mark.parametrize("module", ["bigint8", "bigint8.launch", "bigint8.check", "bigint8.quantize", "bigint8.doctor"])
+@pytest.mark.parametrize(
+    "module", ["bigint8", "bigint8.launch", "bigint8.serve", "bigint8.check", "bigint8.quantize", "bigint8.doctor"]
+)
 def test_each_command_runs_as_a_module_and_helps_without_torch(module):
     program = (
         "import runpy, sys\n"
@@ -130,7 +132,7 @@ def test_each_command_runs_as_a_module_and_helps_without_torch(module):
     assert "Usage: " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["launch", "check", "quantize", "doctor"])
+@pytest.mark.parametrize("command", ["launch", "serve", "check", "quantize", "doctor"])
 def test_the_console_script_has_every_command_with_its_flags(run, command):
     """And the script itself is this function."""
     (script,) = entry_points(group="console_scripts", name="bigint8")

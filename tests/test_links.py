@@ -130,7 +130,7 @@ HEADER = bytes(pack(step_message(make_step())))[:HEADER_BYTES]
     [
         b"GET / HTTP/1.1\r\n".ljust(HEADER_BYTES, b"x"),
         HEADER.replace(b"bigint8\0", b"bigint9\0"),
-        HEADER[:8] + b"\x02" + HEADER[9:],  # the version
+        HEADER[:8] + b"\x01" + HEADER[9:],  # the version before this one
         HEADER[:10] + b"\x63" + HEADER[11:],  # the kind
         HEADER[:11] + b"\x63" + HEADER[12:],  # the dtype
         HEADER[:40] + struct.pack("<Q", 2**62) + HEADER[48:],  # the size of the body

@@ -166,15 +166,15 @@ def test_generated_tokens_and_short_prompts_come_first_and_are_few():
 
 def test_choices_say_how_and_how_many_tokens_were_chosen_before():
     scheduler = scheduler_of()
-    asked = Settings(3, temperature=0.5, top_k=7, top_p=0.75, min_p=0.25, repetition_penalty=1.5, seed=2**64 - 1)
+    asked = Settings(3, (), (), 0.5, 7, 0.75, 0.25, repetition_penalty=1.5, seed=2**64 - 1, logprobs=3)
     ask(scheduler, [4, 5], asked)
     ask(scheduler, [6], Settings(3))
     for index in range(3):
         step = scheduler.next()
-        assert step.choices[0].tolist() == (0.5, 7, 0.75, 0.25, 1.5, 2**64 - 1, index)
-        assert step.choices[1].tolist() == (0, 0, 1, 0, 1, 0, index)
+        assert step.choices[0].tolist() == (0.5, 7, 0.75, 0.25, 1.5, 4, 2**64 - 1, index)
+        assert step.choices[1].tolist() == (0, 0, 1, 0, 1, 0, 0, index)
         assert step.history.tolist() == [4, 5] + [9] * index and step.history_ends.tolist() == [2 + index] * 2
-        scheduler.settle(Result(step.number, np.array([9, 9], np.int32)))
+        scheduler.settle(Result(step.number, np.array([[9] + [0] * 7] * 2, np.int32)))
     assert scheduler.next() is None
 
 

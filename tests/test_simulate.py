@@ -201,6 +201,9 @@ class InstantStages:
         self.under_way.clear()
         return [self.stage]
 
+    def lost(self):
+        return None
+
     def stats(self):
         return []
 

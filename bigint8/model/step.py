@@ -18,11 +18,9 @@ CHOICE = np.dtype(
         ("top_p", np.float32),  # 1: all
         ("min_p", np.float32),  # 0: all
         ("repetition_penalty", np.float32),  # 1: none
+        ("logprobs", np.int32),  # 0: no log probabilities; n + 1: that of the token, and of the n likeliest
         ("seed", np.uint64),
-        (
-            "index",
-            np.int64,
-        ),  # how many tokens were chosen for this sequence before: with the seed, all the chance there is
+        ("index", np.int64),  # tokens chosen for this sequence before: with the seed, all the chance there is
     ]
 )
 """How the token after a row is chosen; the meanings are those of transformers' GenerationConfig."""
@@ -69,8 +67,40 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities at one place of a text, as the model itself has them.
+
+    That is before repetition penalty, temperature and all that cuts tokens off.
+
+    token: of the token that was chosen; likeliest: (token id, its own) of the likeliest tokens, in their order
+    """
+
+    token: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Result:
-    """What comes back of a step: int32 (R,) tokens, or float32 (R, vocabulary) logits where no choices were given."""
+    """What comes back of a step: int32 (R,) tokens, or float32 (R, vocabulary) logits where no choices were given.
+
+    Where any row asks for log probabilities it is int32 (R, 2 + 2 K), with K the most that a row asks for: the token,
+    the float32 bits of its log probability, K token ids, and the bits of theirs. What a row did not ask for is 0.
+    """
 
     number: int
     values: Ints | NDArray[np.float32]
+
+    @property
+    def tokens(self) -> list[int]:
+        """The chosen tokens, one for each kept row."""
+        found: list[int] = (self.values if self.values.ndim == 1 else self.values[:, 0]).tolist()
+        return found
+
+    def logprobs(self, row: int, likeliest: int) -> Logprobs:
+        """The log probabilities of a row that asked for so many of the likeliest tokens."""
+        packed = self.values[row]
+        most = (len(packed) - 2) // 2
+        bits = np.ascontiguousarray(packed).view(np.float32)
+        count = min(likeliest, most)  # of a vocabulary that is smaller, all
+        ids, theirs = packed[2 : 2 + count].tolist(), bits[2 + most : 2 + most + count].tolist()
+        return Logprobs(float(bits[1]), tuple(zip(ids, theirs, strict=True)))

@@ -96,6 +96,10 @@ class Answers:
                 step = "no step is under way" if number is None else f"step {number} has no result"
                 raise WorkerError(f"{step} after {timeout:g} s") from None
 
+    def lost(self) -> StageLost | None:
+        """The stage that was lost first."""
+        return None if self._lost is None else StageLost(*self._lost)
+
     def close(self) -> None:
         """End the links. Who waits for a result gets a WorkerError."""
         self._closed = True

@@ -19,18 +19,24 @@ from .requests import Completion
 from .scheduler import Scheduler
 from .sequence import Request, Sequence
 from .settings import Detokenize, Settings
-from .stages import EngineStats, StageLost, Stages
+from .stages import EngineStats, Health, StageLost, Stages
 from .tables import Tables
 from .trace import StepSpans, Trace
 
 MAX_RESTARTS = 3
 """How often in a row stages are started again: then something is wrong that a start does not mend."""
 
+STEADY_SECONDS = 60.0
+"""Stages that were there for so long since the last start begin a new row, with or without a result."""
+
 ANSWER_SECONDS = 600.0
 """How long a step may take through all stages, with the steps before it."""
 
 CLOSE_SECONDS = 5.0
 """How long closing waits for the thread, which may be in the middle of a step."""
+
+IDLE_SECONDS = 0.5
+"""How often an engine without work looks whether all stages are there, so that they are when work comes."""
 
 DROPS_SECONDS = 0.2
 """How often requests that wait while nothing runs look whether sequences that held their pages were dropped."""
@@ -62,6 +68,8 @@ class Engine:
         self._dropped: deque[Sequence] = deque()
         self._sends_alone = False  # while stages are restored, nobody else sends
         self._restarts = self._restarts_in_a_row = self._tokens = 0
+        self._restoring: int | None = None
+        self._restored = -STEADY_SECONDS
         self._started = time.monotonic()
         self._measured = self._started, 0
         self._thread = threading.Thread(target=self._run, name="bigint8 engine", daemon=True)
@@ -168,6 +176,20 @@ class Engine:
 
     # --- what it does --------------------------------------------------------------------------------------------
 
+    def health(self) -> Health:
+        """Whether it can run a step now. Never waits."""
+        ended, restoring, lost = self._ended, self._restoring, self._stages.lost()
+        if ended is not None:
+            return Health("ended", error=str(ended))
+        if restoring is None and lost is not None:
+            restoring = lost.index
+        return Health("running") if restoring is None else Health("restoring", restoring)
+
+    @property
+    def queue(self) -> tuple[int, int]:
+        """How many requests wait in line, and how many sequences run. Never waits."""
+        return len(self._scheduler.waiting), self._scheduler.admitted
+
     def stats(self) -> EngineStats:
         """What it does now, and has done since the statistics before."""
         stages = tuple(self._stages.stats())
@@ -211,8 +233,10 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._send_or_wait():
+            while True:
                 try:
+                    if not self._send_or_wait():
+                        return
                     result = self._receive()
                 except StageLost as error:
                     self._recover(error)
@@ -222,14 +246,20 @@ class Engine:
             self._end(error)
 
     def _send_or_wait(self) -> bool:
-        """Send what there is; whether a result is to be waited for. False when the engine has ended."""
+        """Send what there is; whether a result is to be waited for. False when the engine has ended.
+
+        Raises StageLost where a stage is gone while nothing is under way.
+        """
         with self._lock:
             while self._ended is None:
                 self._drop_all()
                 self._send_all()
                 if self._scheduler.flights:
                     return True
-                self._work.wait(DROPS_SECONDS if self._scheduler.waiting else None)
+                lost = self._stages.lost()
+                if lost is not None:
+                    raise lost
+                self._work.wait(DROPS_SECONDS if self._scheduler.waiting else IDLE_SECONDS)
             return False
 
     def _send_all(self) -> None:
@@ -273,12 +303,15 @@ class Engine:
     def _recover(self, error: StageLost) -> None:
         """Start the lost stages again, fill their pages, send the steps that were under way once more."""
         start_ns = time.time_ns()
+        if time.monotonic() - self._restored > STEADY_SECONDS:
+            self._restarts_in_a_row = 0
         with self._lock:
             self._sends_alone = True
             if self._spans is not None:
                 self._spans.lost()
         empty: set[int] = set()
         while True:
+            self._restoring = error.index
             self._restarts += 1
             self._restarts_in_a_row += 1
             if self._restarts_in_a_row > MAX_RESTARTS:
@@ -294,6 +327,7 @@ class Engine:
                     for step in self._scheduler.send_again():
                         self._send(step, time.time_ns())
                     self._sends_alone = False
+                self._restored, self._restoring = time.monotonic(), None
                 return
             except StageLost as another:
                 error = another

@@ -45,7 +45,7 @@ class LoadedStage(Protocol):
         """The step's rows through the stage: hidden states (T, H); on the last stage, those of the R kept rows."""
 
     def answer(self, step: Step, hidden_RH: Tensor) -> Values:
-        """What the step asks of its kept rows: chosen tokens int32 (R,), or logits float32 (R, V)."""
+        """What the step asks of its kept rows: tokens, with log probabilities or not, or logits: `Result.values`."""
 
 
 @dataclass(frozen=True)

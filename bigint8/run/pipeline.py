@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..model.step import Result, Step
     from .answers import Answers
     from .spans import Span, WorkerStats
+    from .stages import StageLost
     from .worker import WorkerInfo
 
 START_SECONDS = 180
@@ -231,6 +232,11 @@ class Pipeline:
     def receive(self, timeout: float) -> "Result":
         """The result of the oldest step under way. Raises StageLost, WorkerError, as `Answers.receive` does."""
         return self._linked().receive(timeout)
+
+    def lost(self) -> "StageLost | None":
+        """The stage that was lost first since links were made."""
+        answers = self._answers
+        return None if answers is None else answers.lost()
 
     def restore(self) -> list[int]:
         """Start lost stages again and make all links anew; the indices of those whose pages are empty now.

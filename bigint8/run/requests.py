@@ -9,6 +9,7 @@ from functools import partial
 from typing import Literal
 
 from ..errors import BigInt8Error, WorkerError, in_one_line
+from ..model.step import Logprobs
 from .settings import Detokenize, Settings
 
 Reason = Literal["stop", "length", "cancelled"]
@@ -31,12 +32,16 @@ class Completion:
     """One continuation of a prompt. Iterate over it (`for` or `async for`) for its tokens as they come.
 
     Each iteration begins with the first token. `sequences` are all continuations of the request, this one among them.
+
+    tokens: those that are there; logprobs: theirs, if the settings ask for them; admitted: it waits in line no longer
     """
 
     def __init__(self, settings: Settings, detokenize: Detokenize | None = None) -> None:
         self.settings = settings
         self.sequences: tuple[Completion, ...] = (self,)
         self.tokens: list[int] = []
+        self.logprobs: list[Logprobs] = []
+        self.admitted = False
         self._stop = StopText(settings.stop, detokenize) if settings.stop and detokenize else None
         self._lock = threading.Lock()
         self._waiting: list[Callable[[], None]] = []
@@ -114,7 +119,7 @@ class Completion:
 
     # --- for the engine ------------------------------------------------------------------------------------------
 
-    def put(self, token: int) -> Reason | None:
+    def put(self, token: int, logprobs: Logprobs | None = None) -> Reason | None:
         """The next token; why it is the last, if it is. A request that has ended takes no more."""
         if self.done:
             return self._reason or "cancelled"
@@ -126,6 +131,8 @@ class Completion:
         if self._error is not None:
             return "cancelled"
         with self._lock:
+            if logprobs is not None:
+                self.logprobs.append(logprobs)
             self.tokens.append(token)
             self._reason = reason
             waiting, self._waiting = self._waiting, []

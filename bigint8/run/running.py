@@ -58,7 +58,7 @@ class RunningStage:
         return self._stage.run(step, hidden)
 
     def answer(self, step: Step, hidden_RH: Tensor) -> Values:
-        """What a step asks of its kept rows: chosen tokens int32 (R,), or logits float32 (R, vocabulary)."""
+        """What a step asks of its kept rows: tokens, with log probabilities or without, or logits: `Result.values`."""
         return answer(self._stage, step, hidden_RH)
 
 

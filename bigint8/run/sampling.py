@@ -1,5 +1,7 @@
 """The choice of the next token from logits: the likeliest, or by chance that depends on the sequence alone.
 
+Beside it, for rows that ask, the log probabilities of the tokens.
+
 The meanings and their order are transformers': repetition penalty, temperature, top-k, top-p, min-p. Each row is worked
 on for itself, so a token does not depend on what else is in the step. Dimensions: R rows, V tokens of the vocabulary.
 """
@@ -20,7 +22,29 @@ MOST_SORTED = 1024
 
 
 def choose(logits_RV: Tensor, step: Step) -> Tensor:
-    """int32 (R,): a token for each kept row, on the logits' device, as `step.choices` has it."""
+    """int32 (R,): a token for each kept row, on the logits' device, as `step.choices` has it.
+
+    With log probabilities, where any row asks for them, int32 (R, 2 + 2 K): the `Result` says what is where.
+    """
+    tokens_R = _tokens(logits_RV, step)
+    wanted = step.choices["logprobs"]
+    if not wanted.any():
+        return tokens_R
+    most = min(int(wanted.max()) - 1, logits_RV.shape[1])
+    packed = torch.zeros(len(wanted), 2 + 2 * most, dtype=torch.int32, device=logits_RV.device)
+    packed[:, 0] = tokens_R
+    for row in np.flatnonzero(wanted).tolist():  # one at a time: the memory beside the logits is that of a row
+        scores_V = logits_RV[row].double().log_softmax(-1)
+        count = min(int(wanted[row]) - 1, most)
+        found = scores_V.topk(count)
+        packed[row, 1] = scores_V[tokens_R[row].long()].float().view(torch.int32)
+        packed[row, 2 : 2 + count] = found.indices.int()
+        packed[row, 2 + most : 2 + most + count] = found.values.float().view(torch.int32)
+    return packed
+
+
+def _tokens(logits_RV: Tensor, step: Step) -> Tensor:
+    """int32 (R,): a token for each kept row."""
     choices = step.choices
     sampled = choices["temperature"] > 0
     penalized = choices["repetition_penalty"] != 1

@@ -223,6 +223,7 @@ class Scheduler:
         kinds = [(request.tokens, request.few)]
         sequence = Sequence(table, tokens, request.tokens, kinds, completion=completion)
         self.maker.choose(sequence, completion.settings.choice(index))
+        completion.admitted = True
         request.sequences.append(sequence)
         self.live[sequence] = request
 
@@ -255,8 +256,8 @@ class Scheduler:
             self.tables.retire(rows.sequence.table, rows.stop)
             if rows.request is not None:
                 self._settle_prompt(rows, rows.request)
-        for sequence, token in zip(flight.takers, result.values.tolist(), strict=True):
-            self._hand_out(sequence, int(token))
+        for row, (sequence, token) in enumerate(zip(flight.takers, result.tokens, strict=True)):
+            self._hand_out(sequence, token, result, row)
         return len(flight.takers)
 
     def _settle_prompt(self, rows: Rows, request: Request) -> None:
@@ -269,11 +270,13 @@ class Scheduler:
         elif request.dropped and not first.flights:
             self._abandon(request)
 
-    def _hand_out(self, sequence: Sequence, token: int) -> None:
+    def _hand_out(self, sequence: Sequence, token: int, result: Result, row: int) -> None:
         request, completion = self.live[sequence], sequence.completion
         assert completion is not None
         sequence.append(token)
-        if completion.done or completion.put(token) is not None:
+        wanted = completion.settings.logprobs
+        logprobs = None if wanted is None else result.logprobs(row, wanted)
+        if completion.done or completion.put(token, logprobs) is not None:
             self._finish(sequence, request)
         else:
             self.ready.append(sequence)

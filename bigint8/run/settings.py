@@ -16,6 +16,9 @@ Detokenize = Callable[[Sequence[int]], str]
 TEMPERATURE, TOP_K = 1.0, 50
 """What transformers samples with where neither the caller nor the model says."""
 
+MOST_LOGPROBS = 20
+"""How many likeliest tokens a request may ask for at each place, as in OpenAI's interface."""
+
 USED = (
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length",
     "stop_strings", "eos_token_id", "num_return_sequences",
@@ -46,6 +49,7 @@ class Settings:
     max_new_tokens: how many tokens at most; eos: tokens that end it, themselves included; stop: texts that end it
     temperature: 0 takes the likeliest token; top_k 0, top_p 1, min_p 0, repetition_penalty 1 are off
     seed: with the same seed the same tokens come, whatever else runs; sequences: how many continuations
+    logprobs: None is none; n gives the log probability of each token, and those of the n likeliest at its place
     """
 
     max_new_tokens: int
@@ -58,6 +62,7 @@ class Settings:
     repetition_penalty: float = 1.0
     seed: int = 0
     sequences: int = 1
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         allowed = {
@@ -68,6 +73,7 @@ class Settings:
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
             "sequences": (self.sequences >= 1, "at least 1"),
+            "logprobs": (0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
         }
         for name, (fine, wanted) in allowed.items():
             if not fine:
@@ -78,7 +84,8 @@ class Settings:
     def choice(self, sequence: int = 0) -> NDArray[np.void]:
         """CHOICE (): how the tokens of one of the `sequences` are chosen, from index 0 on."""
         seed = (self.seed + sequence * 0x9E3779B97F4A7C15) % 2**64  # the first keeps the seed itself
-        row = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed, 0
+        logprobs = 0 if self.logprobs is None else self.logprobs + 1
+        row = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, logprobs, seed, 0
         return np.array(row, CHOICE)
 
 

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..errors import WorkerDied, WorkerError
 from ..model.step import Result, Step
@@ -51,6 +51,19 @@ class EngineStats:
     busy: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Health:
+    """Whether the engine can run a step now.
+
+    state: "running"; "restoring" while a stage that was lost comes back; "ended" for good
+    stage: which one was lost; error: what ended the engine
+    """
+
+    state: Literal["running", "restoring", "ended"]
+    stage: int | None = None
+    error: str | None = None
+
+
 class Stages(Protocol):
     """The stages in order. Every step gives one result, also one that keeps no row, or ends at an earlier stage.
 
@@ -76,6 +89,9 @@ class Stages(Protocol):
 
         Results of steps that were sent before are not received any more. Raises WorkerError if it cannot be done.
         """
+
+    def lost(self) -> StageLost | None:
+        """What `receive` would raise now because a stage is gone, None if all are there. Never waits."""
 
     def stats(self) -> Sequence[StageStats]:
         """One for each stage. May be called while another thread waits in `receive`."""
@@ -114,6 +130,9 @@ class LocalStages:
         while self._arrived.acquire(blocking=False):
             self._sent.popleft()
         return []
+
+    def lost(self) -> None:
+        """It is this process."""
 
     def stats(self) -> list[StageStats]:
         return [self._stats]

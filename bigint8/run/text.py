@@ -4,9 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer
-from transformers.utils import logging
-
 from ..errors import BigInt8Error, in_one_line
 from ..options import Access
 
@@ -25,6 +22,9 @@ class Text:
 
     def __init__(self, folder: Path, access: Access, raw: bool = False) -> None:
         """Raises BigInt8Error for a folder whose tokenizer cannot be read."""
+        from transformers import AutoTokenizer  # seconds, which nobody waits for who only needs the names here
+        from transformers.utils import logging
+
         logging.set_verbosity_error()
         trust = access.trust_remote_code
         try:
@@ -39,7 +39,7 @@ class Text:
         """A prompt's token ids. Raises BigInt8Error for an empty one, or one that leaves no room in the context."""
         if isinstance(prompt, str):
             turns = [{"role": "user", "content": prompt}]
-            ids = self.conversation(turns) if prompt and self.chats else self._plain(prompt)
+            ids = self.conversation(turns) if prompt and self.chats else self.plain(prompt)
         elif len(prompt) and isinstance(prompt[0], Mapping):
             ids = self.conversation(cast("Sequence[Mapping[str, str]]", prompt))
         else:
@@ -49,12 +49,16 @@ class Text:
     def conversation(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
         if not self.chats:
-            return self._plain("\n".join(turn["content"] for turn in turns))
+            return self.plain("\n".join(turn["content"] for turn in turns))
         return list(self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones among them."""
+        return str(self.tokenizer.decode(list(tokens)))
 
     def ends(self, generation_config: Any) -> list[int]:
         """The tokens that end a text: the model's, and the tokenizer's end of text, which is the end of a turn."""
@@ -64,7 +68,8 @@ class Text:
             ends.add(self.tokenizer.eos_token_id)
         return sorted(ends)
 
-    def _plain(self, text: str) -> list[int]:
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text as it is, whether there is a chat template or not."""
         return list(self.tokenizer(text)["input_ids"])
 
 
@@ -85,10 +90,11 @@ class Pieces:
     """A text token by token. What comes before a token may change how it reads, so a few earlier ones are decoded
     with it, and what they give alone is left out."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, before: Sequence[int] = ()) -> None:
+        """before: tokens that the text goes on from, whose own text is not wanted."""
         self._text = text
-        self._tokens: list[int] = []
-        self._known, self._shown = 0, 0  # tokens [_known, _shown) give a text that was handed out
+        self._tokens: list[int] = list(before)
+        self._known, self._shown = 0, len(before)  # tokens [_known, _shown) give a text that was handed out
 
     def push(self, token: int) -> str:
         """The text that is complete with this token; empty while a character is not whole."""

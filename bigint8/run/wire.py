@@ -21,7 +21,7 @@ from ..errors import WorkerError
 from ..model.step import CHOICE, Result, Step
 
 MAGIC = b"bigint8\0"
-VERSION = 1
+VERSION = 2
 ALIGN = 64
 """Bytes of a cache line: vector instructions read what begins there fastest."""
 
@@ -40,7 +40,8 @@ class Kind(IntEnum):
 
     STEP: a step, and unless it goes to the first stage its hidden states (T, H)
     ROWS: the kept rows (R, H) of a step, back at the first stage, which has the head
-    RESULT: tokens int32 (R,) or logits float32 (R, V) of a step, for the driver
+    RESULT: tokens int32 (R, 1), or with log probabilities as a `Result` has them (R, 2 + 2 K), or logits float32 (R, V)
+        of a step, for the driver
     FAILED: why a stage could not run a step, for the driver; `place` is the stage
     LOST: that a stage lost the connection to stage `place`, and why, for the driver
     """
@@ -117,9 +118,10 @@ def rows_message(step: Step, payload: Array, dtype: str) -> Message:
 
 
 def result_message(number: int, values: Array) -> Message:
-    """Tokens int32 (R,) or logits float32 (R, V)."""
-    dtype = "int32" if values.ndim == 1 else "float32"
-    return Message(Kind.RESULT, number, payload=np.atleast_2d(values).astype(_NUMPY[dtype], copy=False), dtype=dtype)
+    """What a `Result` has: tokens int32 (R,), with log probabilities int32 (R, 2 + 2 K), or logits float32 (R, V)."""
+    dtype = "int32" if values.ndim == 1 or values.dtype == np.int32 else "float32"
+    columns = values[:, None] if values.ndim == 1 else values
+    return Message(Kind.RESULT, number, payload=columns.astype(_NUMPY[dtype], copy=False), dtype=dtype)
 
 
 def word(kind: Kind, number: int, place: int, text: str) -> Message:
@@ -130,7 +132,9 @@ def word(kind: Kind, number: int, place: int, text: str) -> Message:
 
 def result_of(message: Message) -> Result:
     """What a RESULT message bears; its values are copied out of the buffer that the message was received in."""
-    values = message.payload[0] if message.dtype == "int32" else message.payload
+    values = message.payload
+    if message.dtype == "int32" and values.shape[1] == 1:
+        values = values[:, 0]
     return Result(message.number, values.copy())
 
 

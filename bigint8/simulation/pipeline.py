@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..errors import WorkerError
-from ..model.step import Result, Step
+from ..model.step import Logprobs, Result, Step
 from ..plan.predict import PlanTimes
 from ..run.engine import MAX_RESTARTS
 from ..run.pages import PageGroup
@@ -45,7 +45,7 @@ class TimedCompletion(Completion):
         self.asked, self.arrived = asked, clock.now
         self._last: float | None = None
 
-    def put(self, token: int) -> Reason | None:
+    def put(self, token: int, logprobs: Logprobs | None = None) -> Reason | None:
         now, record = self._clock.now, self._record
         if self._last is None:
             record.first_token.append(now - self.arrived)
@@ -53,7 +53,7 @@ class TimedCompletion(Completion):
             record.between_tokens.append(now - self._last)
         self._last = now
         record.new_tokens += 1
-        return super().put(token)
+        return super().put(token, logprobs)
 
 
 class SimulatedPipeline:

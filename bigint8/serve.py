@@ -1,0 +1,139 @@
+"""Serve a model over HTTP, as OpenAI's interface has it.
+
+python -m bigint8.serve MODEL --gpus N [--host 127.0.0.1 --port 8000]
+"""
+
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from .errors import BigInt8Error
+from .model_pipeline import ModelPipeline
+from .options import Cluster, DeviceKind, Int8Config
+from .session import find_model
+from .terminal.flags import (
+    AccessFlags,
+    Int8Head,
+    PlanFlags,
+    Source,
+    bytes_of_flag,
+    command,
+    new_app,
+    new_console,
+    run_command,
+)
+from .terminal.tables import print_plan, print_summary
+
+app = new_app()
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+LOOK_SECONDS = 0.1
+"""How often the main thread looks whether a signal has come."""
+
+
+@dataclass(kw_only=True)
+class ServeFlags(AccessFlags, PlanFlags):
+    """The flags of this command."""
+
+    model: Source
+    checkpoint: Annotated[str | None, typer.Option(help="Where a preset's weights are: a folder or a hub id.")] = None
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")] = 8000
+    name: Annotated[str | None, typer.Option(help="The model's name for clients (by default as it is given).")] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 8
+    device: Annotated[DeviceKind, typer.Option(help="What the workers run on.")] = "auto"
+    int8_head: Int8Head = False
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster; by default a local one starts.")] = None
+    max_body: Annotated[str, typer.Option(help="The largest request.")] = "8MiB"
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait in line; then 429.")] = 64
+    queue_seconds: Annotated[float, typer.Option(min=0.1, help="How long a request waits in line; then 503.")] = 60.0
+    client_seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long a client may take to send headers, a body, or to read on.")
+    ] = 30.0
+    max_connections: Annotated[int, typer.Option(min=1, help="Connections that are open at once.")] = 1000
+    drain_seconds: Annotated[float, typer.Option(min=0.0, help="How long requests may go on after SIGTERM.")] = 30.0
+
+    def int8(self) -> Int8Config:
+        chosen: dict[str, Any] = {"int8_head": True} if self.int8_head else {}
+        return Int8Config(dtype=self.dtype, **chosen)
+
+
+class Signals:
+    """What the process was asked by signals: to end when requests are done, and then, by Ctrl-C again, at once."""
+
+    def __init__(self) -> None:
+        self.serving = self.ending = False
+
+    def take(self) -> None:
+        """Take SIGTERM and SIGINT from now on."""
+        signal.signal(signal.SIGTERM, self._terminated)
+        signal.signal(signal.SIGINT, self._interrupted)
+
+    def _terminated(self, *_: int | FrameType | None) -> None:
+        if not self.serving:
+            sys.exit(0)  # nothing is asked yet
+        self.ending = True
+
+    def _interrupted(self, *_: int | FrameType | None) -> None:
+        if not self.serving or self.ending:
+            raise KeyboardInterrupt
+        self.ending = True
+
+
+@command(app, ServeFlags)
+def serve(flags: ServeFlags) -> None:
+    """Serve a model over HTTP: OpenAI's interface, health, metrics, and a page to try it on."""
+    try:
+        from .service.app import new_app as new_service
+        from .service.limits import KEY_VARIABLE, Keys, Limits
+        from .service.server import Server
+        from .service.state import Model, State
+    except ImportError as error:
+        raise BigInt8Error(f'bigint8 serve needs {error.name}: pip install "bigint8[serve]"') from None
+    for flag, given in (("--gpu-type", flags.gpu_type), ("--cluster", flags.cluster)):
+        if given is not None:
+            raise BigInt8Error(f"{flag} is for plans: to serve, bigint8 uses the devices that are there")
+    console, signals = new_console(), Signals()
+    limits = Limits(
+        bytes_of_flag("--max-body", flags.max_body), flags.max_queue, flags.queue_seconds, flags.client_seconds,
+        flags.max_connections,
+    )  # fmt: skip
+    found = find_model(flags.model, flags.int8(), flags.access(), flags.checkpoint)
+    found.opened()
+    keys, state = Keys.from_environment(), State(flags.name or flags.model)
+    signals.take()
+    with Server(new_service(state, limits, keys), flags.host, flags.port, limits) as server:
+        console.print(f"listening on {server.address}; /health says 200 when the model is loaded", soft_wrap=True)
+        if not keys and flags.host not in LOOPBACK:
+            console.print(f"anyone who reaches {server.address} may use it: set {KEY_VARIABLE}", soft_wrap=True)
+        cluster = Cluster(flags.device, flags.address)
+        with ModelPipeline(found, flags.gpus, flags.workload(found.spec), cluster) as pipeline:
+            if pipeline.note:
+                console.print(pipeline.note, soft_wrap=True)
+            print_plan(console, pipeline.plan)
+            began = time.perf_counter()
+            reports = pipeline.load()
+            print_summary(console, pipeline.plan, reports, time.perf_counter() - began)
+            state.open(Model.of(pipeline))
+            signals.serving = True
+            console.print(f"serving {state.name} on {server.address}", soft_wrap=True)
+            while not signals.ending:
+                time.sleep(LOOK_SECONDS)
+            console.print("ending: no more requests are taken")
+            if not state.drain(flags.drain_seconds):
+                console.print(f"requests that run after {flags.drain_seconds:g} s are ended", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

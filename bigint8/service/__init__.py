@@ -1,0 +1,1 @@
+"""The HTTP service: OpenAI's interface over a loaded model."""

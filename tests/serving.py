@@ -1,0 +1,115 @@
+"""Services that run in this process, over tiny models, for tests to ask."""
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from fastapi import FastAPI
+from folders import save_tokenizer
+from tiny import tiny_model
+from transformers import AutoTokenizer
+
+from bigint8 import Int8Config
+from bigint8.model_pipeline import ModelPipeline
+from bigint8.options import Cluster, Workload
+from bigint8.service.app import new_app
+from bigint8.service.limits import Keys, Limits
+from bigint8.service.server import Server
+from bigint8.service.state import Model, State
+from bigint8.session import find_model
+
+WORK = Workload(context=2048, sequences=4, chunk=64)
+WAIT = 60.0
+TEMPLATE = (
+    "{% for turn in messages %}{{ raise_exception('no system turns') if turn.role == 'system' }}"
+    "w3 {{ turn.content }} {% endfor %}w4"
+)
+NAME = "tiny"
+
+
+def save_model(folder: Path, chats: bool = True, ends: bool = True) -> Path:
+    """A tiny llama with a long context, whose tokens are words w0 to w127, of which w2 ends a text.
+
+    Without `ends` w2 is never the likeliest.
+    """
+    model = tiny_model("llama", False, torch.float32, max_position_embeddings=WORK.context)
+    if not ends:
+        model.lm_head.weight.data[2] = 0
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    if chats:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Service:
+    """One that runs. `client` asks it; `state` and `pipeline` are its insides."""
+
+    url: str
+    state: State
+    pipeline: ModelPipeline
+    client: httpx.Client
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.client.post("/v1/completions", json={"model": NAME, "prompt": "w5 w17 w99", **body})
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)
+
+    def idle(self) -> bool:
+        """Whether no sequence runs or waits, and all pages are free."""
+        stats = self.pipeline.stats()
+        return stats.running == stats.waiting == 0 and stats.free_pages == self.pipeline.plan.pages
+
+
+def until(condition, seconds: float = WAIT) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serving(
+    pipeline: ModelPipeline,
+    limits: Limits | None = None,
+    keys: tuple[str, ...] = (),
+    ends: bool = True,
+    change: Callable[[FastAPI], None] = lambda app: None,
+) -> Iterator[Service]:
+    """A service over a loaded pipeline, on a free port. Without `ends` no token ends an answer.
+
+    `change` may give its application further paths.
+    """
+    state, limits = State(NAME), limits or Limits()
+    app = new_app(state, limits, Keys(keys))
+    change(app)
+    with (
+        Server(app, "127.0.0.1", 0, limits) as server,
+        httpx.Client(base_url=server.address, timeout=WAIT) as client,
+    ):
+        model = Model.of(pipeline)
+        state.open(model if ends else replace(model, ends=frozenset()))
+        yield Service(server.address, state, pipeline, client)
+
+
+@contextlib.contextmanager
+def loaded(folder: Path, work: Workload = WORK) -> Iterator[ModelPipeline]:
+    """A model in this process, in float32 with weights and activations that lose nothing."""
+    with ModelPipeline(find_model(folder, Int8Config(dtype="float32")), 1, work, Cluster("cpu")) as pipeline:
+        pipeline.load(progress=False)
+        yield pipeline
