@@ -72,7 +72,7 @@ def _best_plan(
     """As `make_plan`, but None where the model does not fit."""
     dtype = _dtype(spec, devices)
     for home in dict.fromkeys((None, spill)):  # blocks are offloaded only where nothing else helps
-        for candidate, work, spare, notes in _settings(spec, workload):
+        for candidate, work, spare, notes in _settings(spec, workload, home is not None):
             plan = Draft(candidate, work, dtype, len(devices), home).best_plan(devices, objective, spare)
             if plan is not None:
                 offloaded = (offload_note(plan),) if plan.is_offloaded else ()
@@ -80,17 +80,20 @@ def _best_plan(
     return None
 
 
-def _settings(spec: ModelSpec, workload: Workload) -> Iterator[tuple[ModelSpec, Workload, float, tuple[str, ...]]]:
+def _settings(
+    spec: ModelSpec, workload: Workload, offloads: bool = False
+) -> Iterator[tuple[ModelSpec, Workload, float, tuple[str, ...]]]:
     """What to plan with, best first: model, work, the share of a device to leave free, and what to say of it.
 
-    An int8 head costs next to nothing. A shorter chunk makes prompts slower, so it comes after that.
+    An int8 head costs next to nothing: rather that than a device without room to spare. Where blocks are offloaded it
+    is the other way round, since a stage that offloads has what room it wants, and gives the tokens that it gave with
+    all its blocks. A shorter chunk makes prompts slower, so it comes after both.
     """
     smaller = spec.with_int8_head()
-    yield spec, workload, SPARE, ()
-    if smaller is not None:
-        yield smaller, workload, SPARE, (INT8_HEAD_NOTE,)
-        yield smaller, workload, 0.0, (INT8_HEAD_NOTE,)
-    yield spec, workload, 0.0, ()
+    as_it_is: list[tuple[ModelSpec, float, tuple[str, ...]]] = [(spec, SPARE, ()), (spec, 0.0, ())]
+    heads = [(smaller, spare, (INT8_HEAD_NOTE,)) for spare in (SPARE, 0.0)] if smaller is not None else []
+    tries = [*as_it_is, *heads] if offloads else [as_it_is[0], *heads, as_it_is[1]]
+    yield from ((candidate, workload, spare, notes) for candidate, spare, notes in tries)
     for chunk in (size for size in SHORTER_CHUNKS if size < workload.chunk):
         notes = (INT8_HEAD_NOTE,) if smaller is not None else ()
         note = f"prompts run in chunks of {chunk} tokens, not {workload.chunk}: otherwise the model would not fit"
