@@ -144,15 +144,7 @@ def attention_speed(device: torch.device, context: int) -> str:
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
     """The median time of a call, after one that does not count."""
-    return statistics.median(_times(work, device, repeats))
 
-
-def least_seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 3 * REPEATS) -> float:
-    """The shortest time of a call: what else the machine does meanwhile only adds to it."""
-    return min(_times(work, device, repeats))
-
-
-def _times(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     def once() -> float:
         wait_for(device)
         started = time.perf_counter()
@@ -161,7 +153,7 @@ def _times(work: Callable[[], object], device: torch.device, repeats: int) -> li
         return time.perf_counter() - started
 
     once()
-    return [once() for _ in range(repeats)]
+    return statistics.median(once() for _ in range(repeats))
 
 
 def wait_for(device: torch.device) -> None:

@@ -15,7 +15,6 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from .errors import BigInt8Error
 from .model_pipeline import ModelPipeline
 from .options import DEFAULT_THRESHOLD, Cluster, DeviceKind, Int8Config
 from .plan.cut import make_plan
@@ -77,9 +76,7 @@ def launch(flags: LaunchFlags) -> None:
         if not flags.plan_only:
             raise found.source.not_found()
         return
-    for flag, given in (("--gpu-type", flags.gpu_type), ("--cluster", flags.cluster)):
-        if given is not None:
-            raise BigInt8Error(f"{flag} is for --plan-only: to run, bigint8 uses the devices that are there")
+    flags.refuse_other_devices("--plan-only: to run")
     _run(console, found, flags)
 
 

@@ -60,15 +60,15 @@ class _Steps:
         x, batch = self.stack.given(counts, rows if kind == "decode" else 0)
         if self.device.type == "cpu":
             recorded = Rows(self.stack.program, self.stack.hidden, rows, self.device)
-            return seconds_of_turn(lambda: recorded.run(batch, x), self.device)
+            return _seconds(lambda: recorded.run(batch, x), self.device)
         if kind == "prompt":
-            return seconds_of_turn(lambda: self.stack.run(x, batch), self.device)
+            return _seconds(lambda: self.stack.run(x, batch), self.device)
         tables = tuple(table.shape[1] for table in batch.tables)
         graphs = Graphs(
             self.stack.run, Shape(self.stack.hidden, x.dtype, tables, self.stack.width), self.device, (rows,)
         )
         graphs.capture()
-        return seconds_of_turn(lambda: graphs(x, batch), self.device)
+        return _seconds(lambda: graphs(x, batch), self.device)
 
 
 def measure_device(device: Device) -> Iterator[tuple[int, Speed]]:
@@ -191,8 +191,8 @@ def _head(device: torch.device) -> Callable[[int], float]:
         x = torch.randn(rows, HIDDEN, device=device)
         if device.type == "cuda":
             narrow = x.to(torch.bfloat16)
-            return seconds_of_turn(lambda: narrow @ weight.T, device)
-        return seconds_of_turn(lambda: float_linear(x, weight), device)
+            return _seconds(lambda: narrow @ weight.T, device)
+        return _seconds(lambda: float_linear(x, weight), device)
 
     return seconds
 
@@ -201,9 +201,9 @@ def _bus_seconds(device: torch.device) -> float:
     """To copy COPY_BYTES from page-locked host memory to a GPU; for the CPU, from memory to memory."""
     target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    return seconds_of_turn(lambda: target.copy_(source, non_blocking=True), device)
+    return _seconds(lambda: target.copy_(source, non_blocking=True), device)
 
 
-def seconds_of_turn(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The median seconds of a few calls, after one that does not count."""
     return seconds_of(work, device, REPEATS)

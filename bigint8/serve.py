@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -59,10 +59,6 @@ class ServeFlags(AccessFlags, PlanFlags):
     max_connections: Annotated[int, typer.Option(min=1, help="Connections that are open at once.")] = 1000
     drain_seconds: Annotated[float, typer.Option(min=0.0, help="How long requests may go on after SIGTERM.")] = 30.0
 
-    def int8(self) -> Int8Config:
-        chosen: dict[str, Any] = {"int8_head": True} if self.int8_head else {}
-        return Int8Config(dtype=self.dtype, **chosen)
-
 
 class Signals:
     """What the process was asked by signals: to end when requests are done, and then, by Ctrl-C again, at once."""
@@ -96,15 +92,14 @@ def serve(flags: ServeFlags) -> None:
         from .service.state import Model, State
     except ImportError as error:
         raise BigInt8Error(f'bigint8 serve needs {error.name}: pip install "bigint8[serve]"') from None
-    for flag, given in (("--gpu-type", flags.gpu_type), ("--cluster", flags.cluster)):
-        if given is not None:
-            raise BigInt8Error(f"{flag} is for plans: to serve, bigint8 uses the devices that are there")
+    flags.refuse_other_devices("plans: to serve")
     console, signals = new_console(), Signals()
     limits = Limits(
         bytes_of_flag("--max-body", flags.max_body), flags.max_queue, flags.queue_seconds, flags.client_seconds,
         flags.max_connections,
     )  # fmt: skip
-    found = find_model(flags.model, flags.int8(), flags.access(), flags.checkpoint)
+    int8 = Int8Config(dtype=flags.dtype, int8_head=flags.int8_head or None)
+    found = find_model(flags.model, int8, flags.access(), flags.checkpoint)
     found.opened()
     keys, state = Keys.from_environment(), State(flags.name or flags.model)
     signals.take()

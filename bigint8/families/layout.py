@@ -274,13 +274,18 @@ class Layout:
         return replace(self, head=replace(self.head, part=self.first[0].part + self.head.part), copied_head=True)
 
     @cached_property
-    def values_a_row(self) -> int:
-        """Inputs and outputs of a block's linear layers; those that share their inputs take them once."""
+    def products(self) -> tuple[tuple[Linear, ...], ...]:
+        """A block's linear layers, those together that take the same inputs and whose weights lie side by side."""
         linears = {linear.name: linear for linear in self.sizes.linears}
-        groups: list[tuple[str, ...]] = [(name,) for name in linears]
-        if self.recipe is not None:
-            groups = [self.recipe.qkv, (self.recipe.out,), self.recipe.up, (self.recipe.down,)]
-        return sum(linears[group[0]].inputs + sum(linears[name].outputs for name in group) for group in groups)
+        if self.recipe is None:
+            return tuple((linear,) for linear in linears.values())
+        groups = (self.recipe.qkv, (self.recipe.out,), self.recipe.up, (self.recipe.down,))
+        return tuple(tuple(linears[name] for name in group) for group in groups)
+
+    @cached_property
+    def values_a_row(self) -> int:
+        """What goes into a block's products and comes out of them, for each row."""
+        return sum(group[0].inputs + sum(linear.outputs for linear in group) for group in self.products)
 
     def page_bytes(self, dtype_bytes: int) -> int:
         """Bytes of a page of keys and values in one block."""

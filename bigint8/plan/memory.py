@@ -303,11 +303,8 @@ def _packed_bytes(layout: Layout, workload: Workload) -> int:
     """What torch's integer product takes for a prompt's rows, and the allocator keeps of it."""
     if workload.most_rows <= PACKED_ROWS or not layout.int8_linears:
         return 0
-    groups: list[tuple[str, ...]] = [(linear.name,) for linear in layout.sizes.linears]
-    if layout.recipe is not None:  # layers whose weights lie side by side are one
-        groups = [layout.recipe.qkv, (layout.recipe.out,), layout.recipe.up, (layout.recipe.down,)]
-    weights = {linear.name: linear.inputs * linear.outputs for linear in layout.sizes.linears}
-    packed = int(PACKED_SHARE * max(sum(weights[name] for name in group) for group in groups))
+    largest = max(sum(linear.inputs * linear.outputs for linear in group) for group in layout.products)
+    packed = int(PACKED_SHARE * largest)
     return packed if packed > MAPPED_BYTES else PACKINGS * packed
 
 

@@ -4,6 +4,7 @@ Values are strict: a number in quotes is no number. Parameters that are not supp
 changes nothing is taken, and any other is refused by name.
 """
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,7 +47,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class Generation(BaseModel):
+class Generation(BaseModel, ABC):
     """What both kinds of requests may say."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -73,9 +74,9 @@ class Generation(BaseModel):
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @abstractmethod
     def likeliest(self) -> int | None:
         """How many log probabilities of other tokens are wanted beside the token's own, None for none at all."""
-        raise NotImplementedError
 
     def most_tokens(self) -> int | None:
         """How many tokens at most, None where nobody says."""

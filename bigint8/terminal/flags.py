@@ -99,6 +99,12 @@ class PlanFlags:
     def workload(self, spec: ModelSpec) -> Workload:
         return spec.workload(self.context, self.batch_size)
 
+    def refuse_other_devices(self, purpose: str) -> None:
+        """Raise BigInt8Error for flags that name devices which need not be there. `purpose`: what these are for."""
+        for flag, given in (("--gpu-type", self.gpu_type), ("--cluster", self.cluster)):
+            if given is not None:
+                raise BigInt8Error(f"{flag} is for {purpose}, bigint8 uses the devices that are there")
+
     def devices_to_plan_for(self, spec: ModelSpec, kind: DeviceKind = "auto") -> PlannedFor:
         """The devices to plan for, which need not be on this machine.
 
