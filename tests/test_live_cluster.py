@@ -42,7 +42,7 @@ cluster.shutdown()
 """Runs a cluster until its stdin ends."""
 
 STAGES = """
-import json, sys
+import json, sys, threading
 from dataclasses import replace
 import ray
 from bigint8 import Int8Config
@@ -50,7 +50,10 @@ from bigint8.options import Cluster, Workload
 from bigint8.plan.draft import Draft
 from bigint8.plan.offload import spill_of_boxes
 from bigint8.run.nodes import measure_link, read_cluster_at
+from bigint8.run import placement
+from bigint8.run.cluster import connect
 from bigint8.run.pipeline import Pipeline
+from bigint8.run.placement import Reserved
 from bigint8.session import find_model
 folder, address = sys.argv[1:]
 cluster = Cluster("cpu", address)
@@ -85,6 +88,16 @@ with Pipeline(2, cluster) as pipeline:  # a plan that knows the boxes by name on
     found["loaded by name"] = where(pipeline, 2)
 with Pipeline(None, cluster) as pipeline:
     found["default"] = where(pipeline, 9)
+connect(None, address)
+held = Reserved("cpu", 3)  # of one node both places, of the other one
+threading.Timer(2, held.free).start()
+with Pipeline(2, cluster) as pipeline:
+    found["waited"] = where(pipeline, 2)
+held = Reserved("cpu", 3)
+placement.CHOSEN_SECONDS = 1
+with Pipeline(1, cluster) as pipeline:
+    found["left"] = where(pipeline, 1)
+    found["held"] = held.nodes()
 print(json.dumps(found))
 """
 """Says where workers are on the cluster, and where their stages are after a load."""
@@ -145,6 +158,8 @@ def test_stages_are_on_the_nodes_that_the_plan_has_them_on(environment, address,
     assert found["planned"] == found["loaded"] == [two, two, one, one]
     assert found["named"] == found["loaded by name"] == [two, one]
     assert sorted(found["default"]) == sorted([one, two])
+    assert sorted(found["waited"]) == sorted([one, two])  # places that are given back at that moment
+    assert sorted([*found["held"], *found["left"]]) == sorted([one, one, two, two])  # others keep theirs
     assert found["links"] == [found["link"]] * 4 and found["link"] != Box().network_bytes_per_s
     free_there = sorted([free(SHM), free(environment["BIGINT8_CACHE"])])
     assert sorted({disk // 2**30 for disk in found["disk"]}) == pytest.approx([f // 2**30 for f in free_there], abs=1)

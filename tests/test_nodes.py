@@ -12,7 +12,8 @@ from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import HOST_RESERVE_BYTES, Box, Device, available_memory, cpu_device, cuda_devices
 from bigint8.run import nodes
 from bigint8.run.doors import LOOPBACK, Door, Hello, Role, knock, new_secret
-from bigint8.run.nodes import LINK_BYTES, boxes_of, look, measure_link, read_cluster, send_over, share_out
+from bigint8.run.nodes import LINK_BYTES, boxes_of, look, measure_link, read_cluster, send_over
+from bigint8.run.placement import share_out
 from bigint8.session import find_model
 from bigint8.units import GIB
 

@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
@@ -28,6 +28,7 @@ from ..plan.devices import HOST_RESERVE_BYTES, Box, Device, available_memory, cp
 from ..plan.offload import free_disk_bytes
 from .cluster import connect, pick, places
 from .doors import Door, Hello, Role, knock, new_secret, welcome
+from .placement import share_out
 
 NODE_SECONDS = 120
 """How long a node may take to answer: Ray starts a process there, which imports this."""
@@ -100,22 +101,6 @@ def read_cluster(device: DeviceKind = "auto", count: int | None = None) -> Machi
             share = share_of(node.cpu.usable_bytes, workers)
             devices += [replace(node.cpu, usable_bytes=share, box=box)] * workers
     return Machines("Ray cluster", tuple(there), tuple(devices))
-
-
-def share_out(places: Mapping[str, int], workers: int, kind: str) -> dict[str, int]:
-    """How many of the workers each node gets, of those it has place for: on GPUs of few nodes, or on CPUs of many.
-
-    So Ray places them, by `Pipeline`. Nodes without a worker are left out.
-    """
-    shares = dict.fromkeys(places, 0)
-    for _ in range(workers):
-        free = [node for node in places if shares[node] < places[node]]
-        if kind == "cuda":
-            chosen = max(free, key=lambda node: (shares[node] > 0, places[node]))
-        else:
-            chosen = min(free, key=lambda node: shares[node])
-        shares[chosen] += 1
-    return {node: share for node, share in shares.items() if share}
 
 
 def box_with(box: Box, host_bytes: int, disk_bytes: int, gpu_workers: int) -> Box:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..errors import BigInt8Error, CheckpointError, WorkerDied, WorkerError
 from ..load.bars import LoadProgress
@@ -24,6 +22,7 @@ from .cluster import connect, pick
 from .cores import Share
 from .doors import HELLO_SECONDS, new_secret
 from .nodes import box_with, linked_boxes, measure_links
+from .placement import START_SECONDS, Reserved
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from .spans import Span, WorkerStats
     from .stages import StageLost
     from .worker import WorkerInfo
-
-START_SECONDS = 180
-"""How long a cluster may take to give us workers."""
 
 ALIVE_SECONDS = 20
 """How long a worker may take to say that it is alive."""
@@ -71,7 +67,7 @@ class Pipeline:
         GPUs or CPUs.
         """
         self._started_ray = False
-        self._group: Any = None
+        self._reserved: Reserved | None = None
         self._workers: list[Any] = []
         self._plan: Plan | None = None
         self.count = 0
@@ -98,16 +94,9 @@ class Pipeline:
         self.close()
 
     def _start_workers(self, count: int) -> None:
-        bundle = {"CPU": 1, "GPU": 1} if self.kind == "cuda" else {"CPU": 1}
-        strategy = "PACK" if self.kind == "cuda" else "SPREAD"  # GPUs close together, as many boxes' CPUs as there are
-        self._group = placement_group([bundle] * count, strategy=strategy)
-        if not self._group.wait(START_SECONDS):
-            raise WorkerError(
-                f"the cluster gave no place for {count} x {bundle} within {START_SECONDS} s; other jobs may hold it "
-                "(ray status shows them)"
-            )
+        self._reserved = Reserved(self.kind, count)
         # before the workers import what they need, which would be measured with the links
-        measure_links(placement_group_table(self._group)["bundles_to_node_id"].values())
+        measure_links(self._reserved.nodes())
         self._workers = [self._new_worker(i) for i in range(count)]
         infos = self._get([worker.describe.remote() for worker in self._workers], START_SECONDS)
         order = sorted(range(count), key=lambda i: (infos[i].host, infos[i].node, infos[i].gpu, i))
@@ -118,13 +107,8 @@ class Pipeline:
     def _new_worker(self, bundle: int) -> Any:
         from .worker import Worker
 
-        actor = ray.remote(concurrency_groups={"control": 1})(Worker).options(
-            num_cpus=1,
-            num_gpus=1 if self.kind == "cuda" else 0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=bundle
-            ),
-        )
+        assert self._reserved is not None
+        actor = ray.remote(concurrency_groups={"control": 1})(Worker).options(**self._reserved.options(bundle))
         return actor.remote(self.kind, self._spec)
 
     def devices(self) -> list[Device]:
@@ -350,16 +334,16 @@ class Pipeline:
     def close(self) -> None:
         """End the workers; end the cluster, or the connection to it, that this pipeline began."""
         self._end_links()
-        workers, group, started = self._workers, self._group, self._started_ray
-        self._workers, self._group, self._plan, self._started_ray = [], None, None, False
+        workers, reserved, started = self._workers, self._reserved, self._started_ray
+        self._workers, self._reserved, self._plan, self._started_ray = [], None, None, False
         self.count = 0
         if not ray.is_initialized():
             return
         try:
             for worker in workers:
                 ray.kill(worker)
-            if group is not None:
-                remove_placement_group(group)
+            if reserved is not None:
+                reserved.free()
         finally:
             if started:
                 ray.shutdown()
