@@ -2,7 +2,7 @@
 
 serve run --working-dir launch serve_app:build model=opt-13b gpus=4
 
-One replica, which needs no GPU, is the driver: it plans, starts a worker for each stage on the cluster that it is in, and
+One replica, which needs no GPU, is the driver: it plans, starts a worker for each stage on its own cluster, and
 answers what `bigint8 serve` answers. Serve's proxies have the ports.
 """
 
