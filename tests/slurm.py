@@ -55,7 +55,10 @@ for ((i = 0; i < count; i++)); do
 done
 echo "${pids[@]}" >"$STAND_IN/$SLURM_JOB_ID.0"
 code=0
-for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+trap : TERM  # it ends when what it started has ended
+for pid in "${pids[@]}"; do
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" || code=$?; done
+done
 exit $code
 """
 

@@ -1,7 +1,4 @@
-"""The recipes of launch/ that need no cluster of Ray's own: Slurm, systemd, containers, Kubernetes.
-
-Each is held to the real tool where it is installed, and to what the tool's own description says where it is not.
-"""
+"""Jobs of Slurm and services of systemd as launch/ has them, run by the real tools where these are installed."""
 
 import os
 import re
@@ -62,8 +59,8 @@ def end_of(queue: Slurm, job: int) -> Ended:
 
 def assert_nothing_is_left(job: int, where: Path) -> None:
     files = f"/tmp/bigint8-ray-{job}"
-    left = [process for process in psutil.process_iter() if files in " ".join(_words(process))]
-    assert not left and not Path(files).exists()
+    until(lambda: not [process for process in psutil.process_iter() if files in " ".join(_words(process))])
+    assert not Path(files).exists()
     assert not list(where.glob(".bigint8-*")), "the token is gone"
 
 
