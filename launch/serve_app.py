@@ -1,6 +1,6 @@
 """bigint8's HTTP service as a Ray Serve application, for a Ray cluster whose other applications Serve runs too.
 
-serve run --working-dir launch serve_app:build model=opt-13b gpus=4
+serve run --app-dir launch --working-dir launch serve_app:build model=opt-13b gpus=4
 
 One replica, which needs no GPU, is the driver: it plans, starts a worker for each stage on its own cluster, and
 answers what `bigint8 serve` answers. Serve's proxies have the ports.

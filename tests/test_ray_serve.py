@@ -111,6 +111,19 @@ def python_path() -> str:
 # --- what it is asked for ----------------------------------------------------------------------------------------
 
 
+def test_the_command_of_the_readme_is_one_that_serve_takes_and_its_arguments_are_those_of_the_application() -> None:
+    from ray.serve.scripts import run
+
+    lines = (LAUNCH / "README.md").read_text().splitlines()
+    (words,) = (shlex.split(line)[2:] for line in lines if line.startswith("serve run "))
+    taken = run.make_context("run", words).params
+    assert (taken["app_dir"], taken["working_dir"], taken["blocking"]) == ("launch", "launch", False)
+    module, _, builder = taken["config_or_import_path"].partition(":")
+    assert (LAUNCH / f"{module}.py").is_file() and getattr(serve_app, builder) is serve_app.build
+    given = serve_app.Arguments.model_validate(dict(word.split("=") for word in taken["arguments"]))
+    assert given.gpus == 4 and given.drain_seconds == 30
+
+
 def test_an_argument_that_nobody_knows_or_that_is_wrong_is_refused_before_anything_starts() -> None:
     with pytest.raises(ValidationError, match="gpu\n"):
         serve_app.Arguments.model_validate({"model": "opt-125m", "gpu": "2"})
