@@ -37,6 +37,8 @@ end() {
     trap '' TERM INT
     if [ -n "$command" ]; then
         kill -TERM "$command" 2>/dev/null || true
+        for _ in {1..10}; do ! kill -0 "$command" 2>/dev/null || sleep 1; done
+        kill -KILL "$command" 2>/dev/null || true # Slurm itself waits for 30 s
         wait "$command" || true
     fi
     [ $code -eq 0 ] || [ -z "$folder" ] || tail -n 20 "$folder"/node-*.log 2>/dev/null || true
