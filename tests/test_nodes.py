@@ -10,7 +10,7 @@ from bigint8 import WorkerError
 from bigint8.options import Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import HOST_RESERVE_BYTES, Box, Device, available_memory, cpu_device, cuda_devices
-from bigint8.run import nodes
+from bigint8.run import nodes, tasks
 from bigint8.run.doors import LOOPBACK, Door, Hello, Role, knock, new_secret
 from bigint8.run.nodes import LINK_BYTES, boxes_of, look, measure_link, read_cluster, send_over
 from bigint8.run.placement import share_out
@@ -53,8 +53,9 @@ def test_gpus_of_nodes_are_counted_over_all_boxes_and_leave_their_hosts_some_mem
     listed.append({"Alive": False, "NodeID": "d" * 56, "NodeManagerHostname": "gone", "Resources": {}})
     speeds = {"b" * 56: nodes.LinkSpeed(1e9, 4e-5), "f" * 56: nodes.LinkSpeed(1e8, 2e-4)}
     monkeypatch.setattr(ray, "nodes", lambda: listed)
-    monkeypatch.setattr(nodes, "_on", lambda node, _: _Answers(there[node]))
-    monkeypatch.setattr(nodes, "_get", lambda reference, _: reference)
+    monkeypatch.setattr(nodes, "on_node", lambda node, _: _Answers(there[node]))
+    monkeypatch.setattr(nodes, "answer_of", lambda reference, _: reference)
+    monkeypatch.setattr(nodes, "check_nodes", lambda _: None)
     monkeypatch.setattr(nodes, "measure_link", lambda first, second: speeds[second])
     cluster = read_cluster()
     assert [(device.name, device.box.name) for device in cluster.devices] == [
@@ -100,13 +101,13 @@ def test_a_link_is_measured_between_tasks_of_ray(pipeline):
 
 
 def test_a_link_to_a_node_that_is_gone_says_which(pipeline, monkeypatch):
-    monkeypatch.setattr(nodes, "NODE_SECONDS", 5)
+    monkeypatch.setattr(tasks, "NODE_SECONDS", 5)
     with pytest.raises(WorkerError, match=f"node {'e' * 56}"):
         measure_link(ray.get_runtime_context().get_node_id(), "e" * 56)
 
 
 def test_a_node_that_does_not_answer_is_named(pipeline, monkeypatch):
-    monkeypatch.setattr(nodes, "NODE_SECONDS", 0.0)
+    monkeypatch.setattr(tasks, "NODE_SECONDS", 0.0)
     with pytest.raises(
         WorkerError, match=rf"node {socket.gethostname()} \(.*\) did not answer within 0.0 s; ray status"
     ):

@@ -23,6 +23,7 @@ from .cores import Share
 from .doors import HELLO_SECONDS, new_secret
 from .nodes import box_with, linked_boxes, measure_links
 from .placement import START_SECONDS, Reserved
+from .preflight import check_files, check_nodes
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -95,6 +96,8 @@ class Pipeline:
 
     def _start_workers(self, count: int) -> None:
         self._reserved = Reserved(self.kind, count)
+        if not self._started_ray:
+            check_nodes(self._reserved.nodes())
         # before the workers import what they need, which would be measured with the links
         measure_links(self._reserved.nodes())
         self._workers = [self._new_worker(i) for i in range(count)]
@@ -137,8 +140,9 @@ class Pipeline:
     def load(self, plan: Plan, progress: bool = True) -> "list[LoadReport]":
         """Load every stage of the plan, in parallel, each worker its own byte ranges.
 
-        The checkpoint's folder must be readable on every node. Workers beyond the plan's stages stay idle. Raises what
-        the loader raises; then nothing stays loaded.
+        The checkpoint's folder must be readable on every node, with the same files. Workers beyond the plan's stages
+        stay idle. Raises what the loader raises, and CheckpointError for nodes with other files; then nothing stays
+        loaded.
         """
         if len(plan.stages) > len(self._workers):
             raise WorkerError(f"a plan of {len(plan.stages)} stages for {len(self._workers)} workers")
@@ -148,6 +152,8 @@ class Pipeline:
         self._plan, self.count = None, 0
         self._unload()
         self._arrange(plan)
+        stages = len(plan.stages)
+        check_files(plan.spec, {info.node: w for info, w in zip(self.infos[:stages], self._workers, strict=False)})
         try:
             reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
             self._loaded = set(range(len(plan.stages)))

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,6 +22,7 @@ from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cores import Cores, Share
 from .doors import LOOPBACK, Address
+from .preflight import FileMark, marks
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -75,6 +77,10 @@ class Worker:
         number = int(gpus[0]) if gpus and gpus[0].isdigit() else 0
         room = available_memory(), free_disk_bytes()
         return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number, *room)
+
+    def marks(self, files: list[Path]) -> list[FileMark]:
+        """What tells these files from others of their names, as they are on this node."""
+        return marks(files)
 
     def load(self, plan: Plan, index: int, share: Share = Share()) -> "LoadReport":  # noqa: B008  (frozen)
         """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded.
