@@ -83,7 +83,7 @@ class Pipeline:
         try:
             self._started_ray = connect(workers, cluster.address)
             self.kind, count = pick(workers, cluster.device)
-            self._start_workers(count)
+            self._start_workers(count, cluster.address is None and self._started_ray)
         except BaseException:
             self.close()
             raise
@@ -94,9 +94,10 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_workers(self, count: int) -> None:
+    def _start_workers(self, count: int, alone: bool) -> None:
+        """`alone`: whether the cluster is this machine's alone, of the same programs."""
         self._reserved = Reserved(self.kind, count)
-        if not self._started_ray:
+        if not alone:
             check_nodes(self._reserved.nodes())
         # before the workers import what they need, which would be measured with the links
         measure_links(self._reserved.nodes())
