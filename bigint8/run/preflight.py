@@ -118,7 +118,7 @@ def check_files(spec: ModelSpec, workers: Mapping[str, Any]) -> None:
     workers: one for each node, by its id in Ray. Raises CheckpointError for nodes that lack files or have other ones.
     """
     elsewhere = {node: worker for node, worker in workers.items() if node != ray.get_runtime_context().get_node_id()}
-    if not elsewhere or spec.folder is None:
+    if not elsewhere or spec.folder is None or spec.hub is not None:  # of a commit, all have the same
         return
     files = files_of(spec)
     asked = {node: worker.marks.remote(files) for node, worker in elsewhere.items()}
