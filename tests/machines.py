@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -75,7 +74,7 @@ class Machine:
         words = ["nsenter", "--target", str(self.pid), *NAMESPACES, "--", *map(str, command)]
         process = subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -93,6 +92,11 @@ class Machine:
 
     def python(self, *words: object, **environment: str) -> "subprocess.CompletedProcess[str]":
         return self.run(sys.executable, *words, **environment)
+
+    def empty(self, folder: Path) -> None:
+        """Let a folder be empty there, and have a disk of its own."""
+        done = self.run("mount", "-t", "tmpfs", "tmpfs", folder)
+        assert done.returncode == 0, done.stderr
 
     def put(self, what: Path, at: Path) -> None:
         """Let a folder or file of this machine stand in another's place there, until `take_away`."""
@@ -124,8 +128,7 @@ class TwoMachines:
     def power_on(self) -> None:
         for machine in self:
             machine.power_on()
-            done = machine.run("mount", "-t", "tmpfs", "tmpfs", self.temporary)
-            assert done.returncode == 0, done.stderr
+            machine.empty(self.temporary)
         one, other = (str(machine.pid) for machine in self)
         ip("link", "add", CABLE, "netns", one, "type", "veth", "peer", "name", CABLE, "netns", other)
         for machine in self:
@@ -193,10 +196,10 @@ def environment_for(cache: Path, token: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def two_machines(cache: Path, **others: Any) -> Iterator[TwoMachines]:
+def two_machines(cache: Path) -> Iterator[TwoMachines]:
     """Two machines that are joined; skips the test, with the reason, where namespaces are not permitted."""
-    environment = environment_for(cache, secrets.token_hex(32))
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # tmp_path is too long for Ray's sockets
+        environment = environment_for(cache, secrets.token_hex(32))
         machines = TwoMachines(
             Machine("box-a", "10.231.78.1", dict(environment)),
             Machine("box-b", "10.231.78.2", dict(environment)),
