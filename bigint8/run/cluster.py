@@ -29,6 +29,9 @@ _RAY: Any = _raylet  # compiled, and known to no type checker
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """What tells Ray whether a cluster asks for a token, and which."""
 
+_own_address: str | None = None
+"""Of the cluster that this process started last."""
+
 
 def connect(workers: int | None, address: str | None) -> bool:
     """Connect to the cluster at `address`, or start one for so many workers that listens on loopback only.
@@ -36,6 +39,7 @@ def connect(workers: int | None, address: str | None) -> bool:
     Returns whether this call did it: it did not if the process is connected already. Raises WorkerError for a cluster
     that cannot be reached or started.
     """
+    global _own_address
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,12 +64,18 @@ def connect(workers: int | None, address: str | None) -> bool:
                     include_dashboard=False,
                     **quiet,
                 )
+            _own_address = ray.get_runtime_context().gcs_address
     except AuthenticationError as error:
         raise _wrong_token(address) from error
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         where = f"address={address}: the Ray cluster" if address else "a local Ray cluster"
         raise WorkerError(f"{where} cannot be reached or started: {in_one_line(error)}") from error
     return True
+
+
+def is_own() -> bool:
+    """Whether the cluster that this process is connected to is one that it has started."""
+    return bool(ray.get_runtime_context().gcs_address == _own_address)
 
 
 def _check_that_somebody_listens(address: str) -> None:

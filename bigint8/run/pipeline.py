@@ -83,7 +83,7 @@ class Pipeline:
         try:
             self._started_ray = connect(workers, cluster.address)
             self.kind, count = pick(workers, cluster.device)
-            self._start_workers(count, cluster.address is None and self._started_ray)
+            self._start_workers(count)
         except BaseException:
             self.close()
             raise
@@ -94,11 +94,9 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_workers(self, count: int, alone: bool) -> None:
-        """`alone`: whether the cluster is this machine's alone, of the same programs."""
+    def _start_workers(self, count: int) -> None:
         self._reserved = Reserved(self.kind, count)
-        if not alone:
-            check_nodes(self._reserved.nodes())
+        check_nodes(self._reserved.nodes())
         # before the workers import what they need, which would be measured with the links
         measure_links(self._reserved.nodes())
         self._workers = [self._new_worker(i) for i in range(count)]
@@ -153,8 +151,8 @@ class Pipeline:
         self._plan, self.count = None, 0
         self._unload()
         self._arrange(plan)
-        stages = len(plan.stages)
-        check_files(plan.spec, {info.node: w for info, w in zip(self.infos[:stages], self._workers, strict=False)})
+        used = range(len(plan.stages))
+        check_files(plan.spec, {self.infos[i].node: self._workers[i] for i in used})
         try:
             reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
             self._loaded = set(range(len(plan.stages)))
