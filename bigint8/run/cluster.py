@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from ..errors import WorkerError, in_one_line
 from ..plan.devices import cuda_devices, wait_without_spinning
+from .leash import Leash, agents_here
 
 OBJECT_STORE_BYTES = 2**30
 """Of a cluster that we start: only hidden states and logits pass through it."""
@@ -23,12 +24,17 @@ ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection. Ray itself would try for minutes."""
 
 
+_leash: Leash | None = None
+"""Of the cluster that this process started."""
+
+
 def connect(workers: int | None, address: str | None) -> bool:
     """Connect to the cluster at `address`, or start one for so many workers that listens on loopback only.
 
     Returns whether this call did it: it did not if the process is connected already. Raises WorkerError for a cluster
     that cannot be reached or started.
     """
+    global _leash
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -52,10 +58,22 @@ def connect(workers: int | None, address: str | None) -> bool:
                     include_dashboard=False,
                     **quiet,
                 )
+            _leash = Leash(agents_here())
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         where = f"address={address}: the Ray cluster" if address else "a local Ray cluster"
         raise WorkerError(f"{where} cannot be reached or started: {in_one_line(error)}") from error
     return True
+
+
+def disconnect() -> None:
+    """End the connection to the cluster, and the cluster if `connect` started it."""
+    global _leash
+    leash, _leash = _leash, None
+    try:
+        ray.shutdown()
+    finally:
+        if leash is not None:
+            leash.release()
 
 
 def _check_that_somebody_listens(address: str) -> None:

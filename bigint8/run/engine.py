@@ -181,8 +181,8 @@ class Engine:
         ended, restoring, lost = self._ended, self._restoring, self._stages.lost()
         if ended is not None:
             return Health("ended", error=str(ended))
-        if restoring is None and lost is not None:
-            restoring = lost.index
+        if restoring is None:
+            restoring = lost.index if lost is not None else self._stages.quiet()
         return Health("running") if restoring is None else Health("restoring", restoring)
 
     @property

@@ -55,7 +55,7 @@ class EngineStats:
 class Health:
     """Whether the engine can run a step now.
 
-    state: "running"; "restoring" while a stage that was lost comes back; "ended" for good
+    state: "running"; "restoring" while a stage that was lost comes back, or one says nothing; "ended" for good
     stage: which one was lost; error: what ended the engine
     """
 
@@ -92,6 +92,9 @@ class Stages(Protocol):
 
     def lost(self) -> StageLost | None:
         """What `receive` would raise now because a stage is gone, None if all are there. Never waits."""
+
+    def quiet(self) -> int | None:
+        """A stage that has said nothing for a while, and may be lost. Never waits."""
 
     def stats(self) -> Sequence[StageStats]:
         """One for each stage. May be called while another thread waits in `receive`."""
@@ -132,6 +135,9 @@ class LocalStages:
         return []
 
     def lost(self) -> None:
+        """It is this process."""
+
+    def quiet(self) -> None:
         """It is this process."""
 
     def stats(self) -> list[StageStats]:
