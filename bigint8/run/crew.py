@@ -95,7 +95,8 @@ class Crew:
     def replace(self, indices: Iterable[int], avoid: Collection[str] = ()) -> list[int]:
         """End these workers, and start others: in their places, or elsewhere where nodes are gone or to be avoided.
 
-        Returns those that are elsewhere now. Raises WorkerError where there is no place, WorkerDied where another node goes meanwhile.
+        Returns those that are elsewhere now. Raises WorkerError where there is no place, WorkerDied where another node
+        goes meanwhile.
         """
         indices, nodes = sorted(set(indices)), self._reserved.nodes()
         lost = gone({nodes[self._places[i]] for i in indices}) | set(avoid)

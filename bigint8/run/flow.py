@@ -276,7 +276,7 @@ class Flow:
         """A step through this stage, and what comes after."""
         start = self._carrier.mark()
         output = self._stage.run(step, hidden)
-        self._count("compute", start, step, 1)
+        self._count("compute", start, step)
         ends_here = step.stages == self._place.index + 1 and not self._place.is_last
         if ends_here or (self._place.is_last and not len(step.keep)):
             epoch.tell(result_message(step.number, np.zeros(0, np.int32)))
@@ -290,7 +290,7 @@ class Flow:
     def _answer(self, step: Step, hidden_RH: Tensor, epoch: _Epoch) -> None:
         start = self._carrier.mark()
         values = self._stage.answer(step, hidden_RH)
-        self._count("head", start, step, 0)
+        self._count("head", start, step)
         epoch.tell(result_message(step.number, values))
 
     def _send_on(
@@ -301,7 +301,7 @@ class Flow:
         self._carrier.send(to, output, lambda payload, dtype: make(step, payload, dtype))
         self.spans.add("send", step.number, start, time.time_ns())
 
-    def _count(self, name: str, start: Mark, step: Step, steps: int) -> None:
+    def _count(self, name: str, start: Mark, step: Step) -> None:
         end = self._carrier.mark()
-        self.tally.count(self._carrier.computed(start, end), steps, step.rows if steps else 0)
+        self.tally.count(self._carrier.computed(start, end), step if name == "compute" else None)
         self.spans.add(name, step.number, start.ns, end.ns)

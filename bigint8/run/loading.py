@@ -1,4 +1,4 @@
-"""Stages are loaded by their workers, all at once. A worker that dies or hangs meanwhile is replaced and loads again."""
+"""Stages are loaded by their workers, all at once. One that dies or hangs meanwhile is replaced, and loads again."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -56,8 +56,7 @@ class Loading:
                         reports[index] = get(reference)
                     except WorkerDied as error:
                         lost[index] = str(error)
-                self._look()
-                lost |= self._hung()
+                lost |= self._look() | self._hung()
                 if lost:
                     self._again(lost)
         return [reports[index] for index in self._indices]
@@ -71,8 +70,10 @@ class Loading:
         self._starts[index] += 1
         self._loads[self._crew.workers[index].load.remote(self.plan, index, share)] = index
 
-    def _look(self) -> None:
-        """Ask those that load how far they are, and show what those said that were asked before."""
+    def _look(self) -> dict[int, str]:
+        """Ask them how far they are, and show what those said that were asked before. Those that have loaded and died
+        since, and why."""
+        lost = {}
         for bar, index in enumerate(self._indices):
             asked = self._asked.get(index)
             if asked is not None and not ray.wait([asked], timeout=0)[0]:
@@ -82,11 +83,14 @@ class Loading:
             if asked is not None:
                 try:
                     done, total = get(asked)
-                except WorkerDied:
-                    total = 0  # its load says so
+                except WorkerDied as error:
+                    total = 0
+                    if index not in self._loads.values():  # otherwise its load says so
+                        lost[index] = str(error)
                 if total:
                     self._bars.update(bar, done, total)
             self._asked[index] = self._crew.workers[index].progress.remote()
+        return lost
 
     def _hung(self) -> dict[int, str]:
         late = [index for index in self._loads.values() if self._silent[index] * POLL_SECONDS >= SILENT_SECONDS]

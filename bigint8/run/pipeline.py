@@ -136,10 +136,11 @@ class Pipeline:
             plan = loading.plan
             self._loaded = set(range(len(plan.stages)))
             self._patience = patience_of(plan)
-            self._connect(plan)
+            plan = self._linked_plan(plan, whole=True)
         except BaseException:
             self._unload()
             raise
+        self._emptied.clear()
         self._plan, self.count = plan, len(plan.stages)
         return reports
 
@@ -199,24 +200,38 @@ class Pipeline:
         """
         if self._plan is None:
             return []
-        hung = {} if self._answers is None else self._answers.hung
         with self._restarting:
-            self._end_links()
-            for attempt in range(MAX_RESTORES):
-                try:
-                    self._plan = self._mended(self._plan, hung)
-                    self._connect(self._plan)
-                    break
-                except WorkerError:
-                    if attempt == MAX_RESTORES - 1:
-                        raise
+            self._plan = self._linked_plan(self._plan)
             emptied, self._emptied = self._emptied, set()
         return sorted(emptied)
 
-    def _mended(self, plan: Plan, hung: dict[int, str]) -> Plan:
-        """Replace dead workers, and those that hang; load what is not loaded. The plan, where stages have moved."""
+    def _linked_plan(self, plan: Plan, whole: bool = False) -> Plan:
+        """Mend what is lost, unless it is `whole` as far as is known, and make all links anew; again if more is lost.
+
+        The plan, where stages have moved.
+        """
+        hung = {} if self._answers is None else self._answers.hung
+        deaths: list[str] = []
+        self._end_links()
+        for attempt in range(MAX_RESTORES):
+            try:
+                if attempt or not whole:
+                    plan = self._mended(plan, hung, deaths)
+                self._connect(plan)
+                break
+            except WorkerError as error:
+                if attempt == MAX_RESTORES - 1:
+                    raise WorkerError("; ".join([str(error), *deaths])) from error
+        return plan
+
+    def _mended(self, plan: Plan, hung: dict[int, str], deaths: list[str]) -> Plan:
+        """Replace dead workers, and those that hang; load what is not loaded. The plan, where stages have moved.
+
+        deaths: gets who was dead, and why
+        """
         crew = self._started()
         lost = {**crew.dead(hung), **hung}
+        deaths += [f"{crew.name(i)} was lost: {why}" for i, why in lost.items()]
         self._loaded -= lost.keys()
         if lost:
             plan = replace_lost(crew, plan, lost)
@@ -241,7 +256,11 @@ class Pipeline:
             except WorkerError:
                 stats = None
             found.append(stats or WorkerStats(0.0, 0, 0))
-        return found
+        return [replace(stats, name=name) for stats, name in zip(found, self._names(self.count), strict=False)]
+
+    def _names(self, count: int) -> list[str]:
+        """The stages, for people."""
+        return [f"stage {index} on {self._started().name(index)}" for index in range(count)]
 
     def trace(self, on: bool) -> None:
         """Let the workers begin to keep spans, or end it; those that replace them do too."""
@@ -275,8 +294,7 @@ class Pipeline:
         asked = [w.connect.remote(self._epoch, address) for w, address in zip(workers, nexts, strict=True)]
         get(asked, 2 * HELLO_SECONDS + ALIVE_SECONDS)
         get([worker.trace.remote(self._traced) for worker in workers], ALIVE_SECONDS)
-        names = [self._started().name(i) for i in range(count)]
-        self._answers = Answers(addresses, self._epoch, self._secret, patience=self._patience, names=names)
+        self._answers = Answers(addresses, self._epoch, self._secret, patience=self._patience, names=self._names(count))
 
     def _end_links(self) -> None:
         answers, self._answers = self._answers, None

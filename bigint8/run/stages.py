@@ -24,12 +24,18 @@ class StageLost(WorkerDied):
 
 @dataclass(frozen=True)
 class StageStats:
-    """What one stage has done since it was loaded: `busy_seconds` is the time that it computed."""
+    """What one stage has done since it was loaded: `busy_seconds` is the time that it computed.
+
+    times_planned: how many times as long as planned its last steps took, where that is known
+    name: which stage it is, and where, for people
+    """
 
     busy_seconds: float
     steps: int
     rows: int
     memory_bytes: int = 0
+    times_planned: float | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class EngineStats:
 
     tokens: generated so far; tokens_per_s: since the statistics before these
     free_pages: of each group, those that nobody holds; restarts: of stages
+    slow: stages that are slow beside the others, for people: which, where, and how slow
     """
 
     seconds: float
@@ -49,6 +56,7 @@ class EngineStats:
     restarts: int
     stages: tuple[StageStats, ...]
     busy: tuple[float, ...]
+    slow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
