@@ -20,6 +20,7 @@ from ..errors import BigInt8Error, WorkerDied, WorkerError, in_one_line
 from ..plan.spec import ModelSpec
 from .nodes import measure_links
 from .placement import START_SECONDS, Reserved, gone
+from .watch import TICK_SECONDS
 
 if TYPE_CHECKING:
     from .worker import WorkerInfo
@@ -78,10 +79,13 @@ class Crew:
 
     # --- those that are dead ---
 
-    def dead(self, hung: Collection[int] = ()) -> dict[int, str]:
-        """Workers that are dead or say nothing, and why. `hung`: they are not even asked."""
-        asked = {worker.progress.remote(): i for i, worker in enumerate(self.workers) if i not in hung}
-        ray.wait(list(asked), num_returns=len(asked), timeout=ALIVE_SECONDS) if asked else None
+    def dead(self, count: int, hung: Collection[int] = ()) -> dict[int, str]:
+        """Which of the first `count` workers are dead or say nothing, and why. `hung`: they are not even asked."""
+        asked = {self.workers[i].progress.remote(): i for i in range(count) if i not in hung}
+        waiting = list(asked)
+        for _ in range(round(ALIVE_SECONDS / TICK_SECONDS)):  # a pause of this process is not theirs
+            if waiting:
+                _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_SECONDS)
         found = {}
         for reference, index in asked.items():
             try:
@@ -92,27 +96,41 @@ class Crew:
                 found[index] = in_one_line(error)
         return found
 
-    def replace(self, indices: Iterable[int], avoid: Collection[str] = ()) -> list[int]:
+    def replace(self, indices: Iterable[int], count: int, avoid: Collection[str] = ()) -> list[int]:
         """End these workers, and start others: in their places, or elsewhere where nodes are gone or to be avoided.
 
-        Returns those that are elsewhere now. Raises WorkerError where there is no place, WorkerDied where another node
-        goes meanwhile.
+        The first `count` workers are needed. Where no place is free, one of the others takes over. Returns those that
+        are elsewhere now. Raises WorkerError where there is no place, WorkerDied where another node goes meanwhile.
         """
         indices, nodes = sorted(set(indices)), self._reserved.nodes()
         lost = gone({nodes[self._places[i]] for i in indices}) | set(avoid)
         moved = [i for i in indices if nodes[self._places[i]] in lost]
         for i in indices:
             self._end(i)
+        starting = set(indices)
         for i in moved:
             try:
                 self._reserved.move(self._places[i], lost)
             except WorkerError as error:
-                raise WorkerError(f"{self.name(i)} is lost with its node, and {error}") from None
+                spare = next((j for j in range(count, len(self.workers)) if self.infos[j].node not in lost), None)
+                if spare is None:
+                    raise WorkerError(f"{self.name(i)} is lost with its node, and {error}") from None
+                self._swap(i, spare)
+                starting.discard(i)
+        self._start(sorted(starting))
+        return moved
+
+    def _swap(self, one: int, other: int) -> None:
+        order = list(range(len(self.workers)))
+        order[one], order[other] = other, one
+        self.arrange(order)
+
+    def _start(self, indices: Sequence[int]) -> None:
+        """Start workers in their places."""
         for i in indices:
             self.workers[i] = self._new_worker(self._places[i])
         for i, info in zip(indices, self._described(indices), strict=True):
             self.infos[i] = info
-        return moved
 
     def _end(self, index: int) -> None:
         """End a worker's process. Ray asks it first, and kills it after 5 s: one on this node is not asked."""

@@ -230,7 +230,7 @@ class Pipeline:
         deaths: gets who was dead, and why
         """
         crew = self._started()
-        lost = {**crew.dead(hung), **hung}
+        lost = {**crew.dead(len(plan.stages), hung), **hung}
         deaths += [f"{crew.name(i)} was lost: {why}" for i, why in lost.items()]
         self._loaded -= lost.keys()
         if lost:

@@ -17,12 +17,12 @@ def replace_lost(crew: Crew, plan: Plan, lost: Collection[int]) -> Plan:
     A worker stays on its node if that is there; otherwise it goes to one where its stage fits. Raises WorkerError where
     no place is left, PlanError where none of those that are left has room.
     """
-    moved, avoid, reasons = crew.replace(lost), set[str](), list[str]()
+    moved, avoid, reasons = crew.replace(lost, len(plan.stages)), set[str](), list[str]()
     while moved:
         workers = Counter(crew.infos[i].node for i in moved)
         stages = list(plan.stages)
         misfits = []
-        for i in (i for i in moved if i < len(stages)):
+        for i in moved:
             stages[i] = _on_another(stages[i], crew, i, workers[crew.infos[i].node])
             reason = _misfit(stages[i], crew, i)
             if reason is not None:
@@ -33,7 +33,7 @@ def replace_lost(crew: Crew, plan: Plan, lost: Collection[int]) -> Plan:
         if not misfits:
             break
         try:
-            moved = crew.replace(misfits, avoid)
+            moved = crew.replace(misfits, len(plan.stages), avoid)
         except WorkerError as error:
             raise PlanError(f"{'; '.join(reasons)}: {error}") from None
     return plan
