@@ -40,7 +40,7 @@ def main(
             f"stage {stage} killed": partial(after_fault, pipeline, stage, signal.SIGKILL, before)
             for stage in range(workers)
         }
-        # sides[f"stage {workers - 1} stopped"] = partial(after_fault, pipeline, workers - 1, signal.SIGSTOP, before)
+        sides[f"stage {workers - 1} stopped"] = partial(after_fault, pipeline, workers - 1, signal.SIGSTOP, before)
         console = Console(highlight=False)
         print_machine(console)
         title = f"{pipeline.found.spec.name}, {workers} CPU workers, seconds from the fault"
