@@ -17,6 +17,7 @@ from ray.exceptions import AuthenticationError, RayError
 
 from ..errors import WorkerError, in_one_line
 from ..plan.devices import cuda_devices, wait_without_spinning
+from .leash import Leash, agents_here
 
 OBJECT_STORE_BYTES = 2**30
 """Of a cluster that we start: only hidden states and logits pass through it."""
@@ -32,6 +33,9 @@ TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _own_address: str | None = None
 """Of the cluster that this process started last."""
 
+_leash: Leash | None = None
+"""Of the cluster that this process started."""
+
 
 def connect(workers: int | None, address: str | None) -> bool:
     """Connect to the cluster at `address`, or start one for so many workers that listens on loopback only.
@@ -39,7 +43,7 @@ def connect(workers: int | None, address: str | None) -> bool:
     Returns whether this call did it: it did not if the process is connected already. Raises WorkerError for a cluster
     that cannot be reached or started.
     """
-    global _own_address
+    global _leash, _own_address
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -64,6 +68,7 @@ def connect(workers: int | None, address: str | None) -> bool:
                     include_dashboard=False,
                     **quiet,
                 )
+            _leash = Leash(agents_here())
             _own_address = ray.get_runtime_context().gcs_address
     except AuthenticationError as error:
         raise _wrong_token(address) from error
@@ -71,6 +76,17 @@ def connect(workers: int | None, address: str | None) -> bool:
         where = f"address={address}: the Ray cluster" if address else "a local Ray cluster"
         raise WorkerError(f"{where} cannot be reached or started: {in_one_line(error)}") from error
     return True
+
+
+def disconnect() -> None:
+    """End the connection to the cluster, and the cluster if `connect` started it."""
+    global _leash
+    leash, _leash = _leash, None
+    try:
+        ray.shutdown()
+    finally:
+        if leash is not None:
+            leash.release()
 
 
 def is_own() -> bool:

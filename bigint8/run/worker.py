@@ -63,6 +63,7 @@ class Worker:
         self._progress = (0, 0)
         self._stage: Any = None
         self._flow: Flow | None = None
+        self._planned: tuple[Plan, int] | tuple[()] = ()
         self._cores = Cores()
         self._imports = threading.Thread(target=_import, args=(kind, spec), daemon=True)
         self._imports.start()
@@ -99,7 +100,7 @@ class Worker:
             self._progress = (done, total)
 
         stage = RunningStage(plan, index, self._device, on_progress)
-        self._stage = stage
+        self._stage, self._planned = stage, (plan, index)
         return stage.report
 
     def unload(self) -> None:
@@ -107,7 +108,7 @@ class Worker:
         flow, self._flow = self._flow, None
         if flow is not None:
             flow.close()
-        self._stage, self._progress = None, (0, 0)
+        self._stage, self._planned, self._progress = None, (), (0, 0)
 
     def listen(self, place: "Place", one_box: bool, secret: bytes) -> Address:
         """Listen for the driver and the stage before, on loopback if all are on one box: where. A stage is loaded."""
@@ -126,7 +127,7 @@ class Worker:
     @ray.method(concurrency_group="control")
     def stats(self) -> "WorkerStats | None":
         """What the stage has done so far; None before it has links."""
-        return None if self._flow is None else self._flow.tally.stats()
+        return None if self._flow is None else self._flow.tally.stats(*self._planned)
 
     @ray.method(concurrency_group="control")
     def trace(self, on: bool) -> None:
