@@ -64,9 +64,12 @@ class Machine:
         """End all that runs there at once, as when the power fails."""
         if self._holder is not None:
             self._holder.kill()
-            self._holder.communicate()
-        for process in self._others:
-            process.communicate()
+        for process in [*filter(None, [self._holder]), *self._others]:
+            for stream in (process.stdin, process.stdout, process.stderr):
+                with contextlib.suppress(OSError):  # it did not read what it was sent
+                    assert stream is not None
+                    stream.close()
+            process.wait()
         self._holder, self._others = None, []
 
     def start(self, *command: object, **environment: str) -> "subprocess.Popen[str]":
