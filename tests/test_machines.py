@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,3 +201,17 @@ def test_data_connections_are_at_the_address_of_their_node_only(machines, driver
         assert door.startswith(f"{machine.address}:")
     assert end(driver) == "ended\n"
     assert doors(machines.first) == doors(machines.second) == []
+
+
+def test_a_network_that_is_cut_while_requests_run_changes_no_token_and_leaves_nothing_behind(machines, driver):
+    """The last of this module: the second machine's Ray ends when it finds that the cluster gave it up."""
+    answers = [ask(driver) for _ in range(3)]
+    machines.cut()
+    answers += [ask(driver) for _ in range(3)]
+    assert len(set(answers)) == 1 and len(doors(machines.first)) == 2
+    machines.mend()
+    assert end(driver) == "ended\n"
+    until = time.monotonic() + 120
+    while there := doors(machines.first) + doors(machines.second):
+        assert time.monotonic() < until, there
+        time.sleep(0.5)
