@@ -174,17 +174,9 @@ def ask(driver: "subprocess.Popen[str]") -> str:
     return str(json.loads(line))
 
 
-def end(driver: "subprocess.Popen[str]") -> str:
-    """Let a driver end; what it prints last."""
-    assert driver.stdin is not None and driver.stdout is not None and driver.stderr is not None
-    driver.stdin.close()
-    assert driver.wait(300) == 0, driver.stderr.read()
-    return driver.stdout.read()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def driver(machines: TwoMachines, llama: Path) -> "subprocess.Popen[str]":
-    """Runs on the first machine, with a stage on each."""
+    """Runs on the first machine, with a stage on each, until the machines are switched off."""
     return machines.first.start(sys.executable, "-c", DRIVER, llama, machines.address, PROMPT)
 
 
@@ -199,8 +191,14 @@ def test_data_connections_are_at_the_address_of_their_node_only(machines, driver
     for machine in machines:
         (door,) = doors(machine)
         assert door.startswith(f"{machine.address}:")
-    assert end(driver) == "ended\n"
-    assert doors(machines.first) == doors(machines.second) == []
+
+
+def end(driver: "subprocess.Popen[str]") -> str:
+    """Let a driver end; what it prints last."""
+    assert driver.stdin is not None and driver.stdout is not None and driver.stderr is not None
+    driver.stdin.close()
+    assert driver.wait(300) == 0, driver.stderr.read()
+    return driver.stdout.read()
 
 
 def test_a_network_that_is_cut_while_requests_run_changes_no_token_and_leaves_nothing_behind(machines, driver):
