@@ -109,18 +109,6 @@ def test_a_worker_that_dies_with_steps_under_way_is_replaced_and_the_others_stay
     assert result.number == 100 and result.values.tolist() == expected
 
 
-def test_two_workers_that_die_at_once_are_both_replaced(pipeline, llama):
-    load(pipeline, llama, 3)
-    for victim in (0, 2):
-        os.kill(pipeline.infos[victim].pid, signal.SIGKILL)
-    pipeline.send(one_row(0))
-    with pytest.raises(StageLost):
-        pipeline.receive(600)
-    assert pipeline.restore() == [0, 2]
-    pipeline.send(one_row(1))
-    assert pipeline.receive(WAIT).number == 1
-
-
 def test_a_worker_that_says_nothing_is_replaced(pipeline, llama, monkeypatch):
     """Its process is stopped: its connections stay open, and nothing is to be had from it."""
     monkeypatch.setattr("bigint8.run.crew.ALIVE_SECONDS", 3)

@@ -105,7 +105,7 @@ class Crew:
         are elsewhere now. Raises WorkerError where there is no place, WorkerDied where another node goes meanwhile.
         """
         indices, nodes = sorted(set(indices)), self._reserved.nodes()
-        lost = gone({nodes[self._places[i]] for i in indices}) | set(avoid)
+        lost = gone(set(nodes)) | set(avoid)
         moved = [i for i in indices if nodes[self._places[i]] in lost]
         for i in indices:
             self._end(i)
@@ -114,7 +114,8 @@ class Crew:
             try:
                 self._reserved.move(self._places[i], lost)
             except WorkerError as error:
-                spare = next((j for j in range(count, len(self.workers)) if self.infos[j].node not in lost), None)
+                others = range(count, len(self.workers))
+                spare = next((j for j in others if nodes[self._places[j]] not in lost), None)
                 if spare is None:
                     raise WorkerError(f"{self.name(i)} is lost with its node, and {error}") from None
                 self._swap(i, spare)
