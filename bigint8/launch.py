@@ -70,7 +70,8 @@ class LaunchFlags(AccessFlags, PlanFlags):
 def launch(flags: LaunchFlags) -> None:
     """Load a model in int8 over several devices and generate text with it."""
     console = new_console()
-    found = find_model(flags.model, flags.int8(), flags.access(), flags.checkpoint, weights=not flags.plan_only)
+    weights, elsewhere = not flags.plan_only, flags.address is not None
+    found = find_model(flags.model, flags.int8(), flags.access(), flags.checkpoint, weights, elsewhere)
     if flags.plan_only or found.checkpoint is None:
         _plan_only(console, found, flags)
         if not flags.plan_only:

@@ -275,7 +275,7 @@ def open_pipeline(
 
     Raises CheckpointError, PlanError, WorkerError.
     """
-    found = find_model(model, config, access)
+    found = find_model(model, config, access, elsewhere=cluster.address is not None)
     with ModelPipeline(found, gpus, workload, cluster) as pipeline:
         pipeline.load(progress)
         yield pipeline

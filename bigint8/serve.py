@@ -99,7 +99,7 @@ def serve(flags: ServeFlags) -> None:
         flags.max_connections,
     )  # fmt: skip
     int8 = Int8Config(dtype=flags.dtype, int8_head=flags.int8_head or None)
-    found = find_model(flags.model, int8, flags.access(), flags.checkpoint)
+    found = find_model(flags.model, int8, flags.access(), flags.checkpoint, elsewhere=flags.address is not None)
     found.opened()
     keys, state = Keys.from_environment(), State(flags.name or flags.model)
     signals.take()

@@ -42,15 +42,17 @@ def find_model(
     access: Access = Access(),  # noqa: B008  (frozen)
     checkpoint: str | os.PathLike[str] | None = None,
     weights: bool = True,
+    elsewhere: bool = False,
 ) -> FoundModel:
     """Find a preset, a folder or a hub id, and read its config and its shards' headers.
 
     checkpoint: where a preset's weights are, a folder or a hub id
     weights: fetch them if they are on the hub; without, a checkpoint that is not whole is known by its config alone
+    elsewhere: machines of a cluster will read the weights, and fetch those on the hub themselves: here only the headers
 
     Raises CheckpointError for a name that is none of these, a config that lacks sizes and a checkpoint that is wrong.
     """
-    source = find_source(model, checkpoint, access, fetch=weights)
+    source = find_source(model, checkpoint, access, fetch=weights, elsewhere=elsewhere)
     opened = None
     if source.folder is not None:
         try:

@@ -45,16 +45,17 @@ SHARED = os.environ.get("PYTEST_XDIST_WORKER")
 """The name of this process where several share the tests, of which each has a CPU for itself."""
 
 USES_WORKERS = (
-    "test_pipeline.py", "test_workers.py", "test_nodes.py", "test_examples.py", "test_launch.py", "test_offload.py",
+    "test_pipeline.py", "test_workers.py", "test_faults.py", "test_nodes.py", "test_examples.py", "test_launch.py",
+    "test_offload.py",
 )  # fmt: skip
 """Modules whose tests share one set of Ray workers."""
 
 COMPILED_MODULE = "test_gpu_resources.py"
 ORDER = (
-    "test_pipeline.py", "test_workers.py", "test_launch.py", "test_examples.py", "test_service_faults.py",
-    "test_ray_serve.py", "test_jobs.py", "test_gpu_step.py", "test_graph_stages.py", "test_numba_cache.py",
-    "test_graphs.py", "test_plans.py", "test_presets_fit.py", "test_kernels.py", "test_recipes.py", "test_sources.py",
-    "test_planned_peak.py",
+    "test_pipeline.py", "test_workers.py", "test_faults.py", "test_lost_nodes.py", "test_launch.py", "test_examples.py",
+    "test_service_faults.py", "test_machines.py", "test_ray_serve.py", "test_jobs.py", "test_gpu_step.py",
+    "test_graph_stages.py", "test_numba_cache.py", "test_graphs.py", "test_plans.py", "test_presets_fit.py",
+    "test_kernels.py", "test_recipes.py", "test_sources.py", "test_planned_peak.py",
 )  # fmt: skip
 """Modules that take long come first, so that no process is left alone with them at the end."""
 

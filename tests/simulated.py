@@ -204,6 +204,9 @@ class SimulatedStages:
     def lost(self):
         return StageLost(min(self.gone), f"stage {min(self.gone)} is lost") if self.gone else None
 
+    def quiet(self):
+        return None
+
     def stats(self):
         return [StageStats(0.0, self.work, 0) for _ in self.stages]
 

@@ -52,5 +52,8 @@ class SeveralStages:
     def lost(self):
         return None
 
+    def quiet(self):
+        return None
+
     def stats(self):
         return [StageStats(0.0, self.number, sum(self.rows))] * self.count

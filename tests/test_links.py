@@ -21,7 +21,19 @@ from hypothesis import strategies as st
 
 from bigint8 import WorkerError
 from bigint8.model.step import CHOICE, Step
-from bigint8.run.doors import LOOPBACK, Door, Hello, Role, knock, new_secret, welcome
+from bigint8.run.doors import (
+    _HELLO,
+    LOOPBACK,
+    MOST_STRANGERS,
+    NONCE_BYTES,
+    PROOF_BYTES,
+    Door,
+    Hello,
+    Role,
+    knock,
+    new_secret,
+    welcome,
+)
 from bigint8.run.links import Link, LinkLost, LinkSettings
 from bigint8.run.wire import (
     ALIGN,
@@ -368,17 +380,80 @@ def test_a_wrong_secret_and_an_old_epoch_are_dropped(door):
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"x" * 1000])
-def test_strangers_are_dropped_and_keep_nobody_out(door, said):
+def test_strangers_are_told_nothing_and_keep_nobody_out(door, said):
     opened, secret, visitors = door
-    strangers = [socket.create_connection(opened.address, timeout=WAIT) for _ in range(5)]
+    strangers = [socket.create_connection(opened.address, timeout=WAIT) for _ in range(MOST_STRANGERS + 5)]
     for stranger in strangers:
-        stranger.sendall(said)
+        with contextlib.suppress(ConnectionError):  # it had to give way already
+            stranger.sendall(said)
     knock(opened.address, Hello(Role.DRIVER, 3), secret).close()
     assert visitors.get(timeout=WAIT)[1].role is Role.DRIVER
     for stranger in strangers:
         with contextlib.suppress(ConnectionResetError):
             assert stranger.recv(1) == b""
         stranger.close()
+
+
+def overheard(door: Door, secret: bytes) -> bytes:
+    """What one who knows the secret says when it connects."""
+    said = bytearray()
+    with socket.create_server((LOOPBACK, 0)) as between:
+
+        def pass_on() -> None:
+            theirs, _ = between.accept()
+            ours = socket.create_connection(door.address, timeout=WAIT)
+            with theirs, ours:
+                for wanted in (_HELLO.size + PROOF_BYTES, PROOF_BYTES):
+                    part = theirs.recv(wanted, socket.MSG_WAITALL)
+                    said.extend(part)
+                    ours.sendall(part)
+                    theirs.sendall(ours.recv(1000))
+
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(pass_on)
+            knock(between.getsockname(), Hello(Role.DRIVER, 3), secret).close()
+            done.result()
+    return bytes(said)
+
+
+def test_what_was_overheard_opens_no_door_and_does_not_have_the_secret_in_it(door):
+    opened, secret, visitors = door
+    said = overheard(opened, secret)
+    assert visitors.get(timeout=WAIT)[1] == Hello(Role.DRIVER, 3) and secret not in said
+    with socket.create_connection(opened.address, timeout=WAIT) as replayed:
+        replayed.sendall(said)
+        while replayed.recv(1000):  # a number of the door's, another one than before
+            pass
+    assert visitors.empty()
+
+
+def test_who_speaks_too_slowly_is_dropped(door):
+    opened, _, visitors = door
+    with socket.create_connection(opened.address, timeout=WAIT) as slow, pytest.raises(OSError):
+        while True:
+            slow.sendall(b"b")
+            slow.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                if not slow.recv(1):
+                    raise ConnectionError
+    assert visitors.empty()
+
+
+def test_one_who_only_pretends_to_be_a_door_learns_nothing_that_opens_one():
+    with socket.create_server((LOOPBACK, 0)) as false:
+
+        def pretend() -> bytes:
+            connection, _ = false.accept()
+            with connection:
+                connection.recv(_HELLO.size + PROOF_BYTES, socket.MSG_WAITALL)
+                connection.sendall(bytes(NONCE_BYTES + PROOF_BYTES))
+                return connection.recv(PROOF_BYTES)
+
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(pretend)
+            with pytest.raises(WorkerError, match="it does not know this pipeline's secret"):
+                knock(false.getsockname(), Hello(Role.DRIVER, 3), new_secret())
+            assert done.result() == b""
 
 
 def test_a_door_that_is_closed_is_not_there(door):

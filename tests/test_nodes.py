@@ -1,8 +1,15 @@
 """A live Ray cluster as boxes and devices: what its nodes say of themselves, and what is measured between them."""
 
+import contextlib
+import ipaddress
+import json
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 import ray
 
@@ -10,7 +17,7 @@ from bigint8 import WorkerError
 from bigint8.options import Workload
 from bigint8.plan.cut import make_plan
 from bigint8.plan.devices import HOST_RESERVE_BYTES, Box, Device, available_memory, cpu_device, cuda_devices
-from bigint8.run import nodes
+from bigint8.run import nodes, tasks
 from bigint8.run.doors import LOOPBACK, Door, Hello, Role, knock, new_secret
 from bigint8.run.nodes import LINK_BYTES, boxes_of, look, measure_link, read_cluster, send_over
 from bigint8.run.placement import share_out
@@ -53,8 +60,9 @@ def test_gpus_of_nodes_are_counted_over_all_boxes_and_leave_their_hosts_some_mem
     listed.append({"Alive": False, "NodeID": "d" * 56, "NodeManagerHostname": "gone", "Resources": {}})
     speeds = {"b" * 56: nodes.LinkSpeed(1e9, 4e-5), "f" * 56: nodes.LinkSpeed(1e8, 2e-4)}
     monkeypatch.setattr(ray, "nodes", lambda: listed)
-    monkeypatch.setattr(nodes, "_on", lambda node, _: _Answers(there[node]))
-    monkeypatch.setattr(nodes, "_get", lambda reference, _: reference)
+    monkeypatch.setattr(nodes, "on_node", lambda node, _: _Answers(there[node]))
+    monkeypatch.setattr(nodes, "answer_of", lambda reference, _: reference)
+    monkeypatch.setattr(nodes, "check_nodes", lambda _: None)
     monkeypatch.setattr(nodes, "measure_link", lambda first, second: speeds[second])
     cluster = read_cluster()
     assert [(device.name, device.box.name) for device in cluster.devices] == [
@@ -92,6 +100,61 @@ def test_a_node_without_gpus_in_ray_shows_none_and_its_environment_stays(pipelin
     assert nodes.os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_nothing_of_a_local_pipeline_listens_beyond_loopback(pipeline, source):
+    """Neither the driver, nor the workers with their links, nor any process of Ray."""
+    plan = make_plan(find_model(source).spec, pipeline.devices(), Workload(context=64))
+    pipeline.load(plan, progress=False)
+    driver, where = psutil.Process(), {}
+    for process in [driver, *driver.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a task that has ended
+            there = [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            where[process.pid] = process.name(), [ipaddress.ip_address(ip.removeprefix("::ffff:")) for ip in there]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in where.values()}
+    for info in pipeline.infos[: len(plan.stages)]:
+        assert len(where[info.pid][1]) >= 2  # Ray's, and the door of the stage
+    for name, addresses in where.values():
+        assert all(address.is_loopback for address in addresses), name
+
+
+TWO_CLUSTERS = """
+import json, os, subprocess, sys, ray
+from ray._raylet import AuthenticationTokenLoader as Loader
+from bigint8.run.cluster import connect
+tokens, said = [], []
+for _ in range(2):
+    connect(1, None)
+    tokens.append(Loader.instance().get_raw_token(ignore_auth_mode=True))
+    if len(tokens) < 2:
+        ray.shutdown()
+program = "import sys; from bigint8.run.cluster import connect; connect(None, sys.argv[1])"
+words = [sys.executable, "-c", program, ray.get_runtime_context().gcs_address]
+for own in ({}, *({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} for token in ("", *tokens))):
+    done = subprocess.run(words, env=os.environ | own, capture_output=True, text=True)
+    said.append(done.stderr.splitlines()[-1] if done.returncode else "")
+ray.shutdown()
+left = [name for name in os.environ if name.startswith("RAY_AUTH")]
+print(json.dumps({"tokens": tokens, "said": said, "left": left}))
+"""
+"""Starts two clusters, one after the other, and tries to connect to the second with no token and with each."""
+
+
+def test_a_local_cluster_has_a_token_of_its_own_and_leaves_the_home_folder_alone(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # all are on loopback
+    command = [sys.executable, "-c", TWO_CLUSTERS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    first, second = found["tokens"]
+    assert first != second and len(second) == 64
+    assert found["left"] == [] and not (tmp_path / ".ray").exists()
+    without, empty, other, right = found["said"]
+    assert "asks for its token, and RAY_AUTH_MODE is not 'token', so none was sent" in without
+    assert "asks for its token, and there is none here; set RAY_AUTH_MODE" in empty
+    assert "asks for its token, and the one that was sent is not its own" in other
+    assert right == ""
+
+
 def test_a_link_is_measured_between_tasks_of_ray(pipeline):
     node = ray.get_runtime_context().get_node_id()
     speed = measure_link(node, node)
@@ -100,13 +163,13 @@ def test_a_link_is_measured_between_tasks_of_ray(pipeline):
 
 
 def test_a_link_to_a_node_that_is_gone_says_which(pipeline, monkeypatch):
-    monkeypatch.setattr(nodes, "NODE_SECONDS", 5)
+    monkeypatch.setattr(tasks, "NODE_SECONDS", 5)
     with pytest.raises(WorkerError, match=f"node {'e' * 56}"):
         measure_link(ray.get_runtime_context().get_node_id(), "e" * 56)
 
 
 def test_a_node_that_does_not_answer_is_named(pipeline, monkeypatch):
-    monkeypatch.setattr(nodes, "NODE_SECONDS", 0.0)
+    monkeypatch.setattr(tasks, "NODE_SECONDS", 0.0)
     with pytest.raises(
         WorkerError, match=rf"node {socket.gethostname()} \(.*\) did not answer within 0.0 s; ray status"
     ):

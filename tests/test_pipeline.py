@@ -25,6 +25,15 @@ engines = {}
 """The engine of each pipeline's last load: it ends before the next."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ended():
+    """An engine that goes on would mend the pipeline of the tests that come after these."""
+    yield
+    for engine in (engine for made in engines.values() for engine in made):
+        engine.close()
+    engines.clear()
+
+
 def load(pipeline, folder, workers, dtype="float32", work=WORK, copied=False, **config):
     """A model on the first `workers` workers, and the reports of their loads. `copied`: with a copied head."""
     found = find_model(folder, Int8Config(dtype=dtype, **config))

@@ -204,6 +204,9 @@ class InstantStages:
     def lost(self):
         return None
 
+    def quiet(self):
+        return None
+
     def stats(self):
         return []
 

@@ -1,9 +1,15 @@
 """Finding weights: folders, presets that come in a package, the hub's cache."""
 
 import hashlib
+import json
+import shutil
+import socket
+import threading
 from pathlib import Path
 
 import pytest
+from folders import INDEX
+from hub import Hub
 from tiny import save_tiny
 from transformers import AutoTokenizer
 
@@ -12,6 +18,7 @@ from bigint8.errors import CheckpointError
 from bigint8.options import Access
 from bigint8.sources.find import find_source
 from bigint8.sources.gguf import convert_wheel
+from bigint8.sources.hub import fetch_shards
 from bigint8.sources.presets import ModelPreset, WheelSource, find_preset
 
 
@@ -98,3 +105,83 @@ def test_a_missing_package_gives_the_command_to_type(module, file):
 def test_a_name_that_is_nothing_offers_the_nearest_presets():
     error = find_source("opt-125n", fetch=False).not_found()
     assert "Presets: did you mean opt-125m" in str(error)
+
+
+# --- a hub's model over several machines -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on loopback that has one model, and empty caches."""
+    save_tiny("llama", False, tmp_path / "model")
+    server = Hub("someone/tiny", tmp_path / "model")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("BIGINT8_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def weights_sent(hub):
+    return {name: count for name, count in hub.sent.items() if name.endswith(".safetensors")}
+
+
+def test_only_the_headers_of_a_hubs_model_are_fetched_where_others_read_its_weights(hub, monkeypatch):
+    monkeypatch.setattr("bigint8.sources.hub.FIRST_BYTES", 100)  # which is less than a header
+    source = find_source("someone/tiny", elsewhere=True)
+    outline, model = open_checkpoint(source.folder), open_checkpoint(hub.folder)
+    assert outline.config == model.config
+    where = {name: (t.dtype, t.shape, t.file.name, t.start, t.nbytes) for name, t in model.tensors.items()}
+    assert {name: (t.dtype, t.shape, t.file.name, t.start, t.nbytes) for name, t in outline.tensors.items()} == where
+    first_bytes = {file.name: min(t.start for t in model.tensors.values() if t.file == file) for file in model.shards}
+    assert weights_sent(hub) == first_bytes
+    find_source("someone/tiny", elsewhere=True)
+    assert weights_sent(hub) == first_bytes  # once
+
+
+def test_a_stage_fetches_its_shards_alone_and_the_others_stay_outlines(hub):
+    source = find_source("someone/tiny", elsewhere=True)
+    before = weights_sent(hub)
+    shards = [file.name for file in open_checkpoint(source.folder).shards]
+    fetch_shards(source.hub, [shards[2], shards[2]])
+    for name in shards:
+        whole = (hub.folder / name).read_bytes()
+        assert weights_sent(hub)[name] - before[name] == (len(whole) if name == shards[2] else 0)
+        assert ((source.folder / name).read_bytes() == whole) == (name == shards[2])
+    assert find_source("someone/tiny", elsewhere=True).folder == source.folder
+    assert find_source("someone/tiny").folder != source.folder  # here the weights are read: all of them come
+    assert sum(weights_sent(hub).values()) > sum((hub.folder / name).stat().st_size for name in shards)
+
+
+def test_shards_that_the_hubs_cache_has_are_not_fetched_and_an_outline_without_them_is_made_again(hub, tmp_path):
+    whole = find_source("someone/tiny").folder
+    before = weights_sent(hub)
+    source = find_source("someone/tiny", elsewhere=True)
+    fetch_shards(source.hub, [file.name for file in open_checkpoint(source.folder).shards])
+    assert weights_sent(hub) == before
+    assert open_checkpoint(source.folder).weight_bytes == open_checkpoint(whole).weight_bytes
+    shutil.rmtree(tmp_path / "hub")
+    again = find_source("someone/tiny", elsewhere=True)
+    assert open_checkpoint(again.folder).weight_bytes == open_checkpoint(hub.folder).weight_bytes
+
+
+def test_a_shard_that_the_hub_does_not_give_is_told_with_the_machine(hub):
+    source = find_source("someone/tiny", elsewhere=True)
+    name = open_checkpoint(source.folder).shards[0].name
+    hub.gone.add(name)
+    with pytest.raises(CheckpointError, match=f"someone/tiny at {hub.commit[:8]}: {name} .* by {socket.gethostname()}"):
+        fetch_shards(source.hub, [name])
+
+
+def test_an_outline_of_a_model_without_weights_or_with_files_elsewhere_is_refused(hub):
+    index = hub.folder / INDEX
+    told = json.loads(index.read_text())
+    told["weight_map"] |= {"evil": "../../evil.safetensors"}
+    index.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"'../../evil.safetensors', which is outside"):
+        find_source("someone/tiny", elsewhere=True)
+    assert find_source("someone/absent", elsewhere=True).folder is None

@@ -198,7 +198,7 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
         names_by_file.setdefault(file, set()).add(name)
     tensors: dict[str, TensorInfo] = {}
     for file, names in sorted(names_by_file.items()):
-        _check_shard_name(index, file)
+        check_shard_name(index, file)
         path = folder / file
         if not _is_file(path):
             raise CheckpointError(f"{index}: names shard {file}, which is not in the folder; download {path}")
@@ -220,8 +220,11 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _check_shard_name(index: Path, file: str) -> None:
-    """A shard lies in the checkpoint's folder or below it: an index must not point at other files of this machine."""
+def check_shard_name(index: Path, file: str) -> None:
+    """Raise CheckpointError unless a shard lies in the checkpoint's folder or below it.
+
+    An index must not point at other files of this machine.
+    """
     parts = re.split(r"[/\\]", file)
     if file.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", file) or "\0" in file:
         raise CheckpointError(f"{index}: names shard {file!r}, which is outside the checkpoint's folder; refused")

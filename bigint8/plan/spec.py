@@ -10,6 +10,7 @@ from ..families.layout import Config, Layout
 from ..families.table import family_of, find_family, layout_of
 from ..options import Access, Int8Config, Workload
 from ..sources.find import Source
+from ..sources.hub import HubCommit
 from ..units import FLOAT_BYTES
 
 
@@ -21,6 +22,7 @@ class ModelSpec:
     config: what config.json holds; stored: the float dtype of most of its weights
     int8: the settings, the stored threshold of an int8 checkpoint included
     layout: its modules and their sizes, None for a family that cannot be cut
+    hub: what each machine fetches its part of, where the folder has the shards' headers only
     one_process: its stages will be in one process, which has each tensor once
     """
 
@@ -32,6 +34,7 @@ class ModelSpec:
     access: Access
     layout: Layout | None
     one_process: bool = False
+    hub: HubCommit | None = None
 
     @property
     def max_context(self) -> int | None:
@@ -105,6 +108,7 @@ def spec_of(
         int8=settings,
         access=access,
         layout=_layout(source, config, settings, stored, checkpoint),
+        hub=source.hub,
     )
 
 

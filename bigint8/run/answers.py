@@ -12,13 +12,16 @@ from ..model.step import Result, Step
 from .doors import HELLO_SECONDS, Address, Hello, Role, knock
 from .links import MOST_UNDER_WAY, Link, LinkLost, LinkSettings, Received
 from .stages import StageLost
-from .wire import Kind, Message, detached, result_of, step_message
+from .watch import TICK_SECONDS, Patience, Watch
+from .wire import BUSY, Kind, Message, detached, result_of, step_message
 
 
 class Answers:
     """Links from the driver to every stage, of one epoch. Steps may be sent by one thread and received by another.
 
     A stage may answer before a stage that has had an earlier step: results wait here for their turn.
+
+    hung: stages that said nothing, or stayed at one step, for too long, and why: their processes may still be there
     """
 
     def __init__(
@@ -27,27 +30,35 @@ class Answers:
         epoch: int,
         secret: bytes,
         settings: LinkSettings = LinkSettings(),  # noqa: B008  (frozen)
-        seconds: float = HELLO_SECONDS,
+        patience: Sequence[Patience] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
-        """Connect to the stages' addresses, in order. Raises WorkerError if one is not reached in so many seconds."""
+        """Connect to the stages' addresses, in order. Raises WorkerError if one is not reached in HELLO_SECONDS.
+
+        patience: with each stage that says nothing; names: what they are called, with where they are
+        """
         self._lock = threading.Lock()
         self._under_way: deque[int] = deque()
         self._came: dict[int, Message | Result] = {}
         self._signals: SimpleQueue[None] = SimpleQueue()
+        self._names = names or [f"stage {index}" for index in range(len(addresses))]
         self._lost: tuple[int, str] | None = None
+        self.hung: dict[int, str] = {}
         self._links: list[Link] = []
-        self._closed = False
+        self._closed = threading.Event()
+        self._watch = Watch(patience or [Patience()] * len(addresses))
         try:
             for index, address in enumerate(addresses):
-                connection = knock(address, Hello(Role.DRIVER, epoch), secret, seconds)
+                connection = knock(address, Hello(Role.DRIVER, epoch), secret, HELLO_SECONDS)
                 self._links.append(self._new_link(connection, index, settings))
         except BaseException:
             self.close()
             raise
+        threading.Thread(target=self._watch_all, name="watch", daemon=True).start()
 
     def _new_link(self, connection: socket.socket, index: int, settings: LinkSettings) -> Link:
         def lost(_: Link, why: str) -> None:
-            self._lose(index, f"stage {index} is lost: {why}")
+            self._lose(index, f"{self._names[index]} is lost: {why}")
 
         link = Link(connection, f"stage {index}", self._take, lost, settings)
         link.start()
@@ -88,7 +99,7 @@ class Answers:
                     return self._result(self._came.pop(number))
                 if self._lost is not None:
                     raise StageLost(*self._lost)
-                if self._closed:
+                if self._closed.is_set():
                     raise WorkerError("the links to the workers were closed")
             try:
                 self._signals.get(timeout=max(0.0, until - time.monotonic()))
@@ -100,9 +111,20 @@ class Answers:
         """The stage that was lost first."""
         return None if self._lost is None else StageLost(*self._lost)
 
+    def quiet(self) -> int | None:
+        """A stage that has said nothing for a while, and may be lost."""
+        return self._watch.quiet()
+
+    def _watch_all(self) -> None:
+        """The thread that finds stages that hang."""
+        while not self._closed.wait(TICK_SECONDS):
+            for index, why in self._watch.tick([link.heard for link in self._links]).items():
+                self.hung[index] = why
+                self._lose(index, f"{self._names[index]} is lost: {why}")
+
     def close(self) -> None:
         """End the links. Who waits for a result gets a WorkerError."""
-        self._closed = True
+        self._closed.set()
         self._signals.put(None)
         for link in self._links:
             link.close()
@@ -116,7 +138,9 @@ class Answers:
         """What a stage says."""
         message = received.message
         if message.kind is Kind.LOST:
-            self._lose(message.place, f"stage {message.place} is lost to another stage: {message.text}")
+            self._lose(message.place, f"{self._names[message.place]} is lost to another stage: {message.text}")
+        elif message.kind is Kind.PULSE:
+            self._watch.heard(message.place, message.number, message.text == BUSY)
         elif message.kind in (Kind.RESULT, Kind.FAILED):
             answer = result_of(message) if message.kind is Kind.RESULT else detached(message)
             with self._lock:

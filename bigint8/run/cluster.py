@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -10,17 +11,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray import _raylet
 from ray._private import node, parameter, ray_constants, services, utils
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 
 from ..errors import WorkerError, in_one_line
 from ..plan.devices import cuda_devices, wait_without_spinning
+from .leash import Leash, agents_here
 
 OBJECT_STORE_BYTES = 2**30
 """Of a cluster that we start: only hidden states and logits pass through it."""
 
 ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection. Ray itself would try for minutes."""
+
+_RAY: Any = _raylet  # compiled, and known to no type checker
+
+TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""What tells Ray whether a cluster asks for a token, and which."""
+
+_own_address: str | None = None
+"""Of the cluster that this process started last."""
+
+_leash: Leash | None = None
+"""Of the cluster that this process started."""
 
 
 def connect(workers: int | None, address: str | None) -> bool:
@@ -29,12 +43,14 @@ def connect(workers: int | None, address: str | None) -> bool:
     Returns whether this call did it: it did not if the process is connected already. Raises WorkerError for a cluster
     that cannot be reached or started.
     """
+    global _leash, _own_address
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is not None:
+            _read_token_again()
             _check_that_somebody_listens(address)
             with _sigterm_as_it_was():
                 ray.init(address=address, **quiet)
@@ -44,7 +60,7 @@ def connect(workers: int | None, address: str | None) -> bool:
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")
             wait_without_spinning()
-            with _loopback_only(), _without_onlookers(), _sigterm_as_it_was():
+            with _loopback_only(), _token_of_its_own(), _without_onlookers(), _sigterm_as_it_was():
                 ray.init(
                     address="local",
                     num_cpus=workers or max(1, len(cuda_devices())),
@@ -52,10 +68,30 @@ def connect(workers: int | None, address: str | None) -> bool:
                     include_dashboard=False,
                     **quiet,
                 )
+            _leash = Leash(agents_here())
+            _own_address = ray.get_runtime_context().gcs_address
+    except AuthenticationError as error:
+        raise _wrong_token(address) from error
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         where = f"address={address}: the Ray cluster" if address else "a local Ray cluster"
         raise WorkerError(f"{where} cannot be reached or started: {in_one_line(error)}") from error
     return True
+
+
+def disconnect() -> None:
+    """End the connection to the cluster, and the cluster if `connect` started it."""
+    global _leash
+    leash, _leash = _leash, None
+    try:
+        ray.shutdown()
+    finally:
+        if leash is not None:
+            leash.release()
+
+
+def is_own() -> bool:
+    """Whether the cluster that this process is connected to is one that it has started."""
+    return bool(ray.get_runtime_context().gcs_address == _own_address)
 
 
 def _check_that_somebody_listens(address: str) -> None:
@@ -72,6 +108,28 @@ def _check_that_somebody_listens(address: str) -> None:
             f"address={address}: no Ray cluster answers{named} ({in_one_line(error)}); ray start --head starts one and "
             "says its address, whose port is 6379 unless told otherwise"
         ) from None
+    if address != "auto":  # there Ray looks for a token by itself
+        _check_that_there_is_a_token()
+        _RAY.GcsClient(address=where)  # raises AuthenticationError at once; ray.init tries for 20 s, and says not why
+
+
+def _check_that_there_is_a_token() -> None:
+    """Raise AuthenticationError where one is to be sent and there is none: Ray's client would abort this process."""
+    wanted = _RAY.get_authentication_mode() == _RAY.AuthenticationMode.TOKEN
+    if wanted and not _RAY.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        raise AuthenticationError("there is no token")
+
+
+def _wrong_token(address: str | None) -> WorkerError:
+    sent = "RAY_AUTH_MODE is not 'token', so none was sent"
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        there = _RAY.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+        sent = "the one that was sent is not its own" if there else "there is none here"
+    return WorkerError(
+        f"address={address}: the Ray cluster asks for its token, and {sent}; set RAY_AUTH_MODE=token, and give the "
+        "token that its nodes were started with: in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in "
+        "~/.ray/auth_token, which ray get-auth-token shows on its head"
+    )
 
 
 def places(kind: str) -> dict[str, int]:
@@ -140,6 +198,32 @@ def _without_onlookers() -> Iterator[None]:
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _token_of_its_own() -> Iterator[None]:
+    """A Ray started in here asks everybody for a random token, which only this process and its children know.
+
+    Without it, every user of this machine could run programs there as this one. Ray's own default is a token in the
+    home folder, the same for all clusters. What a person has set is left as it is.
+    """
+    if any(os.environ.get(name) for name in TOKEN_VARIABLES):
+        _read_token_again()
+        yield
+        return
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    _read_token_again()
+    try:
+        yield
+    finally:  # it is known to Ray in here by now
+        for name in TOKEN_VARIABLES:
+            os.environ.pop(name, None)
+
+
+def _read_token_again() -> None:
+    """Ray keeps the token of the cluster before, and whether there was one."""
+    _RAY.Config.initialize("")
+    _RAY.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager

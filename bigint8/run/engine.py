@@ -14,6 +14,7 @@ from ..options import Workload
 from ..plan.plan import Plan
 from .feed import Fed
 from .flights import Logits
+from .pace import slow_stages
 from .pages import PageGroup
 from .requests import Completion
 from .scheduler import Scheduler
@@ -28,6 +29,9 @@ MAX_RESTARTS = 3
 
 STEADY_SECONDS = 60.0
 """Stages that were there for so long since the last start begin a new row, with or without a result."""
+
+MOST_NAMED = 8
+"""How many of the requests that are lost an error names."""
 
 ANSWER_SECONDS = 600.0
 """How long a step may take through all stages, with the steps before it."""
@@ -181,8 +185,8 @@ class Engine:
         ended, restoring, lost = self._ended, self._restoring, self._stages.lost()
         if ended is not None:
             return Health("ended", error=str(ended))
-        if restoring is None and lost is not None:
-            restoring = lost.index
+        if restoring is None:
+            restoring = lost.index if lost is not None else self._stages.quiet()
         return Health("running") if restoring is None else Health("restoring", restoring)
 
     @property
@@ -206,6 +210,7 @@ class Engine:
                 free_pages=tuple(pool.available for pool in scheduler.tables.pools),
                 restarts=self._restarts,
                 stages=stages,
+                slow=slow_stages(stages),
                 busy=tuple(min(1.0, stage.busy_seconds / max(seconds, 1e-9)) for stage in stages),
             )
 
@@ -315,10 +320,11 @@ class Engine:
             self._restarts += 1
             self._restarts_in_a_row += 1
             if self._restarts_in_a_row > MAX_RESTARTS:
-                raise WorkerError(f"stages died {self._restarts_in_a_row} times in a row, at last: {error}") from error
+                times = f"stages died {self._restarts_in_a_row} times in a row, at last: {error}"
+                raise WorkerError(f"{times}; {self._served()}") from error
             try:
                 self._not_sent = None
-                empty.update(self._stages.restore())  # also those that were not filled before the next one died
+                empty.update(self._restored_stages(error))  # also those that were not filled before the next one died
                 self._refill(empty)
                 empty.clear()
                 with self._lock:
@@ -331,6 +337,23 @@ class Engine:
                 return
             except StageLost as another:
                 error = another
+
+    def _restored_stages(self, lost: StageLost) -> list[int]:
+        try:
+            return self._stages.restore()
+        except StageLost:
+            raise
+        except BigInt8Error as error:
+            raise WorkerError(f"{lost}, and cannot be started again: {error}; {self._served()}") from error
+
+    def _served(self) -> str:
+        """What is lost with the engine, for people."""
+        with self._lock:
+            waiting, live = len(self._scheduler.waiting), list(self._scheduler.live.items())
+            count = len(live) + len(self._scheduler.feeds.live)
+        texts = [f"{request.tokens} + {sequence.count - request.tokens}" for sequence, request in live[:MOST_NAMED]]
+        named = f" (tokens of the prompt + of the answer so far: {', '.join(texts)})" if texts else ""
+        return f"{count} sequences were being written{named}, and {waiting} requests waited"
 
     def _refill(self, empty: set[int]) -> None:
         """Fill the pages of these stages from the tokens of the sequences that go on."""

@@ -7,6 +7,8 @@ Each arrow is a link. The driver has one to every stage, on which that stage ans
 nothing for a step that ends there, or with what went wrong. A thread computes, one message at a time, rows for the head
 before steps: they end a step that others wait for.
 
+Another thread tells the driver, several times a second, that the stage is there, and whether it is at a message.
+
 Links belong to an epoch. When the pipeline is mended, all of them are made anew under the next one; what came by older
 ones is dropped.
 """
@@ -32,7 +34,10 @@ from .doors import HELLO_SECONDS, Address, Door, Hello, Role, knock, welcome
 from .links import Link, LinkLost, LinkSettings, Received
 from .spans import Spans, Tally
 from .tensors import Carrier, Mark
-from .wire import Array, Kind, Message, result_message, rows_message, step_message, word
+from .wire import Array, Kind, Message, pulse, result_message, rows_message, step_message, word
+
+PULSE_SECONDS = 0.25
+"""How often a stage tells the driver that it is there."""
 
 _Make = Callable[[Step, Array, str], Message]
 Values = NDArray[np.int32] | NDArray[np.float32]
@@ -139,6 +144,9 @@ class Flow:
         self._door: Door | None = None
         self._secret = b""
         self.spans, self.tally = Spans(), Tally()
+        self._handled, self._busy = 0, False
+        self._closed = threading.Event()
+        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
         self._thread = threading.Thread(target=self._compute_all, name="compute", daemon=True)
         self._thread.start()
 
@@ -176,6 +184,7 @@ class Flow:
 
     def close(self) -> None:
         """End the links and the thread that computes, after the step that it is at."""
+        self._closed.set()
         if self._door is not None:
             self._door.close()
         self._enter(_LAST)
@@ -224,6 +233,7 @@ class Flow:
         """The computing thread."""
         with torch.inference_mode(), self._carrier.on_device():
             while (received := self._inbox.take()) is not None:
+                self._busy = True
                 with self._changed:
                     epoch = self._now
                     is_current = received.link in epoch.came_in.values()
@@ -231,6 +241,16 @@ class Flow:
                     self._handle(received, epoch)
                 else:
                     received.release()
+                self._handled, self._busy = self._handled + 1, False
+
+    def _beat(self) -> None:
+        """The thread that says so: a process that is stopped, or cut off, is silent."""
+        while not self._closed.wait(PULSE_SECONDS):
+            with self._changed:
+                epoch = self._now
+            link = epoch.came_in.get(Role.DRIVER)
+            if link is not None and link.is_free:  # what comes on a link says as much
+                epoch.tell(pulse(self._handled, self._place.index, self._busy))
 
     def _handle(self, received: Received, epoch: _Epoch) -> None:
         message = received.message
@@ -256,7 +276,7 @@ class Flow:
         """A step through this stage, and what comes after."""
         start = self._carrier.mark()
         output = self._stage.run(step, hidden)
-        self._count("compute", start, step, 1)
+        self._count("compute", start, step)
         ends_here = step.stages == self._place.index + 1 and not self._place.is_last
         if ends_here or (self._place.is_last and not len(step.keep)):
             epoch.tell(result_message(step.number, np.zeros(0, np.int32)))
@@ -270,7 +290,7 @@ class Flow:
     def _answer(self, step: Step, hidden_RH: Tensor, epoch: _Epoch) -> None:
         start = self._carrier.mark()
         values = self._stage.answer(step, hidden_RH)
-        self._count("head", start, step, 0)
+        self._count("head", start, step)
         epoch.tell(result_message(step.number, values))
 
     def _send_on(
@@ -281,7 +301,7 @@ class Flow:
         self._carrier.send(to, output, lambda payload, dtype: make(step, payload, dtype))
         self.spans.add("send", step.number, start, time.time_ns())
 
-    def _count(self, name: str, start: Mark, step: Step, steps: int) -> None:
+    def _count(self, name: str, start: Mark, step: Step) -> None:
         end = self._carrier.mark()
-        self.tally.count(self._carrier.computed(start, end), steps, step.rows if steps else 0)
+        self.tally.count(self._carrier.computed(start, end), step if name == "compute" else None)
         self.spans.add(name, step.number, start.ns, end.ns)

@@ -31,6 +31,9 @@ DEAD_SECONDS = 12
 SOCKET_BYTES = 4 * 2**20
 """What the kernel may hold of a connection, each way, if it allows so much."""
 
+PIECE_BYTES = 8 * 2**20
+"""A large message is received in pieces, so that who watches sees that it still comes."""
+
 MOST_UNDER_WAY = 64
 """How many steps the driver may have under way. A link receives as many ahead, and as many may wait to be sent on it.
 So nobody ever waits for room: in a ring, where each waits for the next, that would be for ever."""
@@ -86,6 +89,7 @@ class _Rest:
 class Link:
     """One end of a connection that both ends have agreed on. `start` begins to receive.
 
+    heard: how often something came, a message or a piece of one
     on_message: called by the receiving thread for each message
     on_lost: called once by a thread of the link when the connection ends or stalls, with why; not when this end
         closes it
@@ -100,7 +104,7 @@ class Link:
         settings: LinkSettings = LinkSettings(),
     ) -> None:
         """`peer`: the other end, for people."""
-        self.peer, self.settings = peer, settings
+        self.peer, self.settings, self.heard = peer, settings, 0
         self.buffers = Buffers(MOST_UNDER_WAY + 1, settings.page_locked)
         self._socket, self._on_message, self._on_lost = connection, on_message, on_lost
         self._changed = threading.Condition()
@@ -121,6 +125,11 @@ class Link:
         self._end("this end closed it", tell=False)
 
     # --- sending ---
+
+    @property
+    def is_free(self) -> bool:
+        """Whether what is sent now goes at once, as far as is known."""
+        return not self._waiting
 
     def send(self, message: Message) -> None:
         """Send a message; its arrays may be changed as soon as this returns.
@@ -224,7 +233,7 @@ class Link:
         there = 0
         while there < len(view):
             try:
-                count = self._socket.recv_into(view[there:], 0, socket.MSG_WAITALL)
+                count = self._socket.recv_into(view[there : there + PIECE_BYTES], 0, socket.MSG_WAITALL)
             except BlockingIOError:  # nothing within stall_seconds
                 if idle and not there:
                     continue
@@ -234,6 +243,7 @@ class Link:
             if not count:
                 raise LinkLost("its process ended, or closed the connection")
             there += count
+            self.heard += 1
 
     # --- ending ---
 

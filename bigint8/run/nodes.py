@@ -6,7 +6,6 @@ node to each other one, once.
 
 import itertools
 import os
-import re
 import socket
 import struct
 import time
@@ -15,11 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
-from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import WorkerError, in_one_line
 from ..options import DeviceKind
@@ -29,9 +25,8 @@ from ..plan.offload import free_disk_bytes
 from .cluster import connect, pick, places
 from .doors import Door, Hello, Role, knock, new_secret, welcome
 from .placement import share_out
-
-NODE_SECONDS = 120
-"""How long a node may take to answer: Ray starts a process there, which imports this."""
+from .preflight import check_nodes
+from .tasks import answer_of, called, on_node
 
 LINK_SECONDS = 20.0
 """How long anything may take on a connection that is measured."""
@@ -40,7 +35,6 @@ LINK_BYTES, LINK_SENDS, LINK_PINGS = 8 * 2**20, 3, 20
 """What is sent to measure a link, how often, and how many short messages before."""
 
 _SIZE = struct.Struct("<q")
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -81,12 +75,13 @@ def read_cluster(device: DeviceKind = "auto", count: int | None = None) -> Machi
 
     By default these are all its GPUs, or a CPU of each node where it has none. Fewer GPUs are of as few boxes as hold
     them, fewer CPUs of as many as there are. GPUs are named cuda:0 and on over all boxes. Raises WorkerError for a node
-    that does not answer, and for a cluster that has too few devices.
+    that does not answer, or is not like this machine (`check_nodes`), and for a cluster that has too few devices.
     """
     kind, count = pick(count, device)
     used = share_out(places(kind), count, kind)
-    asked = {node: _on(node, look).remote(workers if kind == "cuda" else 0) for node, workers in used.items()}
-    nodes: list[Node] = [_get(reference, node) for node, reference in asked.items()]
+    check_nodes(used)
+    asked = {node: on_node(node, look).remote(workers if kind == "cuda" else 0) for node, workers in used.items()}
+    nodes: list[Node] = [answer_of(reference, node) for node, reference in asked.items()]
     nodes.sort(key=lambda node: (node.host, node.id))
     boxes = linked_boxes([(node.id, node.host) for node in nodes])
     numbers, there, devices = itertools.count(), [], []
@@ -170,15 +165,15 @@ def measure_link(first: str, second: str) -> LinkSpeed:
     Raises WorkerError where a node does not answer, or they do not reach each other.
     """
     secret = new_secret()
-    end = _on(second, LinkEnd).remote(secret)
+    end = on_node(second, LinkEnd).remote(secret)
     try:
-        address = _get(end.address.remote(), second)
-        found: LinkSpeed | str = _get(_on(first, try_link).remote(address, secret), first)
+        address = answer_of(end.address.remote(), second)
+        found: LinkSpeed | str = answer_of(on_node(first, try_link).remote(address, secret), first)
     finally:
         ray.kill(end)
     if isinstance(found, str):
         raise WorkerError(
-            f"node {_called(first)} does not reach node {_called(second)}: {found}; workers connect to each other on "
+            f"node {called(first)} does not reach node {called(second)}: {found}; workers connect to each other on "
             "ports that the system chooses: let these boxes through each other's firewalls"
         )
     return found
@@ -250,36 +245,3 @@ def _fill(connection: socket.socket, space: memoryview) -> bool:
             return False
         space = space[received:]
     return True
-
-
-# --- Ray ---
-
-
-def _on(node: str, target: Any) -> Any:
-    """A function or an actor as Ray runs it on this node, beside all else. A task has a process of its own."""
-    once = {} if isinstance(target, type) else {"max_calls": 1}
-    where = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=where, **once)(target)
-
-
-def _get(reference: Any, node: str) -> Any:
-    """What a task on a node returns. Raises WorkerError that names the node."""
-    try:
-        return ray.get(reference, timeout=NODE_SECONDS)
-    except GetTimeoutError:
-        raise WorkerError(
-            f"node {_called(node)} did not answer within {NODE_SECONDS} s; ray status shows the cluster"
-        ) from None
-    except RayError as error:
-        why = in_one_line(error.cause if isinstance(error, RayTaskError) else error)
-        raise WorkerError(
-            f"node {_called(node)} cannot be looked at: {_COLOURS.sub('', why)}; ray status shows whether it is there, "
-            "and it needs the same bigint8 as this machine"
-        ) from error
-
-
-def _called(node: str) -> str:
-    """A node as people know it, by its host and address; by its id where Ray knows no such node."""
-    known = {each["NodeID"]: each for each in ray.nodes()}
-    there = known.get(node)
-    return node if there is None else f"{there['NodeManagerHostname']} ({there['NodeManagerAddress']})"

@@ -10,19 +10,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ..errors import BigInt8Error, CheckpointError, WorkerDied, WorkerError
-from ..load.bars import LoadProgress
+from ..errors import CheckpointError, WorkerError
 from ..options import Cluster
 from ..plan.devices import Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
-from .cluster import connect, pick
-from .cores import Share
+from .cluster import connect, disconnect, pick
+from .crew import ALIVE_SECONDS, Crew, get
 from .doors import HELLO_SECONDS, new_secret
-from .nodes import box_with, linked_boxes, measure_links
-from .placement import START_SECONDS, Reserved
+from .loading import Loading
+from .nodes import box_with, linked_boxes
+from .preflight import check_files
+from .recovery import replace_lost
+from .watch import Patience, patience_of
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from .stages import StageLost
     from .worker import WorkerInfo
 
-ALIVE_SECONDS = 20
-"""How long a worker may take to say that it is alive."""
-
 STATS_SECONDS = 2
 """How long to wait for what workers say of themselves."""
 
@@ -43,9 +41,6 @@ MAX_RESTORES = 3
 
 UNLOAD_SECONDS = 5.0
 """How long to wait for workers to let their stages go: one that is dead or stuck is not waited for any longer."""
-
-POLL_SECONDS = 0.05
-"""How often loading workers are asked how far they are."""
 
 
 class Pipeline:
@@ -67,22 +62,20 @@ class Pipeline:
         GPUs or CPUs.
         """
         self._started_ray = False
-        self._reserved: Reserved | None = None
-        self._workers: list[Any] = []
+        self._crew: Crew | None = None
         self._plan: Plan | None = None
+        self._patience: list[Patience] = []
         self.count = 0
         self._restarting = threading.Lock()
-        self._spec = spec
         self._secret, self._epoch = new_secret(), 0
         self._answers: Answers | None = None
         self._traced = False
         self._loaded: set[int] = set()  # the stages that are loaded, and those whose pages the caller thinks are filled
         self._emptied: set[int] = set()
-        self.infos: list[WorkerInfo] = []
         try:
             self._started_ray = connect(workers, cluster.address)
             self.kind, count = pick(workers, cluster.device)
-            self._start_workers(count)
+            self._crew = Crew(self.kind, count, spec)
         except BaseException:
             self.close()
             raise
@@ -93,23 +86,13 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_workers(self, count: int) -> None:
-        self._reserved = Reserved(self.kind, count)
-        # before the workers import what they need, which would be measured with the links
-        measure_links(self._reserved.nodes())
-        self._workers = [self._new_worker(i) for i in range(count)]
-        infos = self._get([worker.describe.remote() for worker in self._workers], START_SECONDS)
-        order = sorted(range(count), key=lambda i: (infos[i].host, infos[i].node, infos[i].gpu, i))
-        self._bundles = order  # neighbours share a box
-        self._workers = [self._workers[i] for i in order]
-        self.infos = [infos[i] for i in order]
+    @property
+    def infos(self) -> "list[WorkerInfo]":
+        return [] if self._crew is None else self._crew.infos
 
-    def _new_worker(self, bundle: int) -> Any:
-        from .worker import Worker
-
-        assert self._reserved is not None
-        actor = ray.remote(concurrency_groups={"control": 1})(Worker).options(**self._reserved.options(bundle))
-        return actor.remote(self.kind, self._spec)
+    @property
+    def _workers(self) -> list[Any]:
+        return [] if self._crew is None else self._crew.workers
 
     def devices(self) -> list[Device]:
         """A device for each worker, in order; CPU workers of one box share its memory equally.
@@ -137,8 +120,9 @@ class Pipeline:
     def load(self, plan: Plan, progress: bool = True) -> "list[LoadReport]":
         """Load every stage of the plan, in parallel, each worker its own byte ranges.
 
-        The checkpoint's folder must be readable on every node. Workers beyond the plan's stages stay idle. Raises what
-        the loader raises; then nothing stays loaded.
+        The checkpoint's folder must be readable on every node, with the same files. Workers beyond the plan's stages
+        stay idle. Raises what the loader raises, and CheckpointError for nodes with other files; then nothing stays
+        loaded.
         """
         if len(plan.stages) > len(self._workers):
             raise WorkerError(f"a plan of {len(plan.stages)} stages for {len(self._workers)} workers")
@@ -148,15 +132,26 @@ class Pipeline:
         self._plan, self.count = None, 0
         self._unload()
         self._arrange(plan)
+        used = range(len(plan.stages))
+        check_files(plan.spec, {self.infos[i].node: self._workers[i] for i in used})
         try:
-            reports = self._watch([self._start_load(plan, i) for i in range(len(plan.stages))], progress)
+            loading = Loading(self._started(), plan, range(len(plan.stages)), progress)
+            reports = loading.finish()
+            plan = loading.plan
             self._loaded = set(range(len(plan.stages)))
-            self._connect(plan)
+            self._patience = patience_of(plan)
+            plan = self._linked_plan(plan, whole=True)
         except BaseException:
             self._unload()
             raise
+        self._emptied.clear()
         self._plan, self.count = plan, len(plan.stages)
         return reports
+
+    def _started(self) -> Crew:
+        if self._crew is None:
+            raise WorkerError("the pipeline was closed")
+        return self._crew
 
     def _arrange(self, plan: Plan) -> None:
         """Put the workers in the order of the stages: each stage goes to the worker whose device the plan names.
@@ -172,18 +167,7 @@ class Pipeline:
                 if found is not None:
                     order[index] = found
                     free.remove(found)
-        arranged = [*(order[index] for index in range(len(plan.stages))), *free]
-        self._workers = [self._workers[i] for i in arranged]
-        self._bundles = [self._bundles[i] for i in arranged]
-        self.infos = [self.infos[i] for i in arranged]
-
-    def _start_load(self, plan: Plan, index: int) -> Any:
-        """Let a worker load its stage. CPU workers of one box share its cores."""
-        share = Share()
-        if self.kind == "cpu":
-            nodes = [info.node for info in self.infos[: len(plan.stages)]]
-            share = Share(nodes[:index].count(nodes[index]), nodes.count(nodes[index]))
-        return self._workers[index].load.remote(plan, index, share)
+        self._started().arrange([*(order[index] for index in range(len(plan.stages))), *free])
 
     def _unload(self) -> None:
         self._end_links()
@@ -191,21 +175,6 @@ class Pipeline:
         asked = [worker.unload.remote() for worker in self._workers]
         # a load that begins before a worker has unloaded would show how far the one before it came
         ray.wait(asked, num_returns=len(asked), timeout=UNLOAD_SECONDS)
-
-    def _watch(self, loads: list[Any], progress: bool) -> "list[LoadReport]":
-        """Show how far the workers are until all are done, or the first has failed."""
-        workers = list(zip(self._workers, self.infos, strict=True))[: len(loads)]
-        names = [f"worker {i} ({info.host}, {info.device.name})" for i, (_, info) in enumerate(workers)]
-        with LoadProgress(names, enabled=progress) as bars:
-            waiting = loads
-            while waiting:
-                ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
-                self._get(ready)
-                asked = [worker.progress.remote() for worker, _ in workers]
-                for i, (done, total) in enumerate(self._get(asked)):
-                    if total:
-                        bars.update(i, done, total)
-        return cast("list[LoadReport]", self._get(loads))
 
     # --- links and steps ---
 
@@ -222,25 +191,61 @@ class Pipeline:
         answers = self._answers
         return None if answers is None else answers.lost()
 
+    def quiet(self) -> int | None:
+        """A stage that has said nothing for a while, and may be lost."""
+        answers = self._answers
+        return None if answers is None else answers.quiet()
+
     def restore(self) -> list[int]:
         """Start lost stages again and make all links anew; the indices of those whose pages are empty now.
 
-        No step is under way afterwards. Raises WorkerError where workers cannot be started or go on dying.
+        No step is under way afterwards. Raises WorkerError where workers cannot be started or go on dying, PlanError
+        where a stage fits on no device that is left.
         """
         if self._plan is None:
             return []
         with self._restarting:
-            self._end_links()
-            for attempt in range(MAX_RESTORES):
-                try:
-                    self._replace_dead(self._plan)
-                    self._connect(self._plan)
-                    break
-                except WorkerError:
-                    if attempt == MAX_RESTORES - 1:
-                        raise
+            self._plan = self._linked_plan(self._plan)
             emptied, self._emptied = self._emptied, set()
         return sorted(emptied)
+
+    def _linked_plan(self, plan: Plan, whole: bool = False) -> Plan:
+        """Mend what is lost, unless it is `whole` as far as is known, and make all links anew; again if more is lost.
+
+        The plan, where stages have moved.
+        """
+        hung = {} if self._answers is None else self._answers.hung
+        deaths: list[str] = []
+        self._end_links()
+        for attempt in range(MAX_RESTORES):
+            try:
+                if attempt or not whole:
+                    plan = self._mended(plan, hung, deaths)
+                self._connect(plan)
+                break
+            except WorkerError as error:
+                if attempt == MAX_RESTORES - 1:
+                    raise WorkerError("; ".join([str(error), *deaths])) from error
+        return plan
+
+    def _mended(self, plan: Plan, hung: dict[int, str], deaths: list[str]) -> Plan:
+        """Replace dead workers, and those that hang; load what is not loaded. The plan, where stages have moved.
+
+        deaths: gets who was dead, and why
+        """
+        crew = self._started()
+        lost = {**crew.dead(len(plan.stages), hung), **hung}
+        deaths += [f"{crew.name(i)} was lost: {why}" for i, why in lost.items()]
+        self._loaded -= lost.keys()
+        if lost:
+            plan = replace_lost(crew, plan, lost)
+            hung.clear()
+        missing = set(range(len(plan.stages))) - self._loaded
+        self._emptied |= missing
+        loading = Loading(crew, plan, missing)
+        loading.finish()
+        self._loaded |= missing
+        return loading.plan
 
     def stats(self) -> "list[WorkerStats]":
         """What each stage has done so far; zeros for one that is not there at the moment."""
@@ -251,20 +256,24 @@ class Pipeline:
         found = []
         for reference in asked:
             try:
-                stats = self._get(reference) if reference in ready else None
+                stats = get(reference) if reference in ready else None
             except WorkerError:
                 stats = None
             found.append(stats or WorkerStats(0.0, 0, 0))
-        return found
+        return [replace(stats, name=name) for stats, name in zip(found, self._names(self.count), strict=False)]
+
+    def _names(self, count: int) -> list[str]:
+        """The stages, for people."""
+        return [f"stage {index} on {self._started().name(index)}" for index in range(count)]
 
     def trace(self, on: bool) -> None:
         """Let the workers begin to keep spans, or end it; those that replace them do too."""
         self._traced = on
-        self._get([worker.trace.remote(on) for worker in self._workers[: self.count]])
+        get([worker.trace.remote(on) for worker in self._workers[: self.count]])
 
     def spans(self) -> "list[list[Span]]":
         """What each stage did since this was asked last, while it was traced."""
-        return cast("list[list[Span]]", self._get([w.spans.remote() for w in self._workers[: self.count]]))
+        return cast("list[list[Span]]", get([w.spans.remote() for w in self._workers[: self.count]]))
 
     def _linked(self) -> "Answers":
         if self._answers is None:
@@ -284,69 +293,31 @@ class Pipeline:
         one_box = all(info.node == here for info in self.infos[:count])
         places = [Place(i, count, ring) for i in range(count)]
         asked = [w.listen.remote(place, one_box, self._secret) for w, place in zip(workers, places, strict=True)]
-        addresses = self._get(asked, ALIVE_SECONDS)
+        addresses = get(asked, ALIVE_SECONDS)
         nexts = [None if place.goes_out is None else addresses[place.next] for place in places]
         asked = [w.connect.remote(self._epoch, address) for w, address in zip(workers, nexts, strict=True)]
-        self._get(asked, 2 * HELLO_SECONDS + ALIVE_SECONDS)
-        self._get([worker.trace.remote(self._traced) for worker in workers], ALIVE_SECONDS)
-        self._answers = Answers(addresses, self._epoch, self._secret)
+        get(asked, 2 * HELLO_SECONDS + ALIVE_SECONDS)
+        get([worker.trace.remote(self._traced) for worker in workers], ALIVE_SECONDS)
+        self._answers = Answers(addresses, self._epoch, self._secret, patience=self._patience, names=self._names(count))
 
     def _end_links(self) -> None:
         answers, self._answers = self._answers, None
         if answers is not None:
             answers.close()
 
-    def _replace_dead(self, plan: Plan) -> None:
-        """Start dead workers again, and load the stages that are not loaded. Raises WorkerError."""
-        alive = [worker.progress.remote() for worker in self._workers]
-        dead = []
-        for i, reference in enumerate(alive):
-            try:
-                ray.get(reference, timeout=ALIVE_SECONDS)
-            except (RayActorError, GetTimeoutError):
-                dead.append(i)
-        for i in dead:
-            ray.kill(self._workers[i])
-            self._loaded.discard(i)
-            self._workers[i] = self._new_worker(self._bundles[i])
-        infos = self._get([self._workers[i].describe.remote() for i in dead], START_SECONDS)
-        for i, info in zip(dead, infos, strict=True):
-            self.infos[i] = info
-        lost = [i for i in range(len(plan.stages)) if i not in self._loaded]
-        self._emptied.update(lost)
-        self._get([self._start_load(plan, i) for i in lost])
-        self._loaded.update(lost)
-
-    def _get(self, references: Any, timeout: float | None = None) -> Any:
-        """`ray.get` with the errors of the interface: those of bigint8 as they were raised, others as WorkerError."""
-        try:
-            return ray.get(references, timeout=timeout)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, BigInt8Error):
-                raise cause from None
-            raise WorkerError(f"a worker failed: {type(cause).__name__}: {cause}") from error
-        except GetTimeoutError:
-            raise WorkerError(f"a worker did not answer within {timeout:.0f} s; ray status shows the cluster") from None
-        except RayError as error:
-            raise WorkerDied(f"a worker died, or its box went away: {error}") from error
-
     def close(self) -> None:
         """End the workers; end the cluster, or the connection to it, that this pipeline began."""
         self._end_links()
-        workers, reserved, started = self._workers, self._reserved, self._started_ray
-        self._workers, self._reserved, self._plan, self._started_ray = [], None, None, False
-        self.count = 0
+        crew, started = self._crew, self._started_ray
+        self._crew, self._plan, self._started_ray, self.count = None, None, False, 0
         if not ray.is_initialized():
             return
         try:
-            for worker in workers:
-                ray.kill(worker)
-            if reserved is not None:
-                reserved.free()
+            if crew is not None:
+                crew.close()
         finally:
             if started:
-                ray.shutdown()
+                disconnect()
 
 
 def _in_the_same_box(one: Device, other: Device) -> bool:

@@ -12,6 +12,7 @@ from ..checkpoint.headers import open_checkpoint
 from ..errors import CheckpointError
 from ..families.layout import Family
 from ..families.table import family_of
+from ..load.assign import match_tensors
 from ..load.device_map import prepare_kernels
 from ..load.fill import check_planned_bytes, fill, move_buffers
 from ..load.intake import OnProgress
@@ -24,6 +25,7 @@ from ..model.step import Step
 from ..options import PAGE_TOKENS
 from ..plan.memory import head_rows
 from ..plan.plan import Plan
+from ..sources.hub import fetch_shards, make_outline
 from .sampling import choose
 
 Values = NDArray[np.int32] | NDArray[np.float32]
@@ -36,13 +38,17 @@ class RunningStage:
         """Load it: read its byte ranges only. Raises what `load_sharded_int8` raises."""
         if plan.spec.folder is None:
             raise CheckpointError(f"{plan.spec.name}: the plan names no folder with weights")
-        checkpoint = open_checkpoint(plan.spec.folder, plan.spec.access)
+        hub, folder = plan.spec.hub, plan.spec.folder
+        checkpoint = open_checkpoint(folder if hub is None else make_outline(hub), plan.spec.access)
         skeleton = skeleton_of(checkpoint, plan.spec, plan.dtype)
         family = family_of(skeleton.model.config.model_type)
         _check_all_placed(plan, skeleton, family)
         planned = plan.stages[index]
         stage = StageModel(skeleton, family, planned.modules)
         check_planned_bytes(planned, stage.slots)
+        if hub is not None:
+            needed = match_tensors(stage.slots, checkpoint, skeleton.tensors)
+            fetch_shards(hub, (transfer.tensor.file.relative_to(hub.folder).as_posix() for transfer in needed))
         offload = offload_of([planned], stage.slots, family)
         self.report = fill(checkpoint, skeleton, stage.slots, lambda name: device, on_progress, None, offload)
         if stage.is_first and stage.has_head:

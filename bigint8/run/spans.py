@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from ..model.step import Step
+from ..plan.plan import Plan
+from .pace import Steps, times_planned
 from .stages import StageStats
 from .trace import DRIVER, Trace
 
@@ -74,18 +77,27 @@ class Tally:
     _busy_ns: int = 0
     _steps: int = 0
     _rows: int = 0
+    _last: Steps = field(default_factory=Steps)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def count(self, busy_ns: int, steps: int = 0, rows: int = 0) -> None:
+    def count(self, busy_ns: int, step: Step | None = None) -> None:
+        """Time of computing. `step`: if it was all of a step but for what the head does."""
         with self._lock:
             self._busy_ns += busy_ns
-            self._steps += steps
-            self._rows += rows
+            if step is not None:
+                self._steps += 1
+                self._rows += step.rows
+                self._last.add(step)
+            self._last.seconds += busy_ns / 1e9
 
-    def stats(self) -> WorkerStats:
+    def stats(self, plan: Plan | None = None, index: int = 0) -> WorkerStats:
+        """What was counted. `plan`, `index`: of the stage, whose last steps are held against the time model."""
         with self._lock:
-            busy, steps, rows = self._busy_ns / 1e9, self._steps, self._rows
-        return WorkerStats(busy, steps, rows, *_memory(), time.monotonic() - self._started)
+            busy, steps, rows, last = self._busy_ns / 1e9, self._steps, self._rows, self._last.copy()
+        resident, peak = _memory()
+        factor = None if plan is None else times_planned(plan, index, last)
+        seconds = time.monotonic() - self._started
+        return WorkerStats(busy, steps, rows, resident, factor, peak_bytes=peak, seconds=seconds)
 
 
 def _memory() -> tuple[int, int]:

@@ -24,12 +24,18 @@ class StageLost(WorkerDied):
 
 @dataclass(frozen=True)
 class StageStats:
-    """What one stage has done since it was loaded: `busy_seconds` is the time that it computed."""
+    """What one stage has done since it was loaded: `busy_seconds` is the time that it computed.
+
+    times_planned: how many times as long as planned its last steps took, where that is known
+    name: which stage it is, and where, for people
+    """
 
     busy_seconds: float
     steps: int
     rows: int
     memory_bytes: int = 0
+    times_planned: float | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class EngineStats:
 
     tokens: generated so far; tokens_per_s: since the statistics before these
     free_pages: of each group, those that nobody holds; restarts: of stages
+    slow: stages that are slow beside the others, for people: which, where, and how slow
     """
 
     seconds: float
@@ -49,13 +56,14 @@ class EngineStats:
     restarts: int
     stages: tuple[StageStats, ...]
     busy: tuple[float, ...]
+    slow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Health:
     """Whether the engine can run a step now.
 
-    state: "running"; "restoring" while a stage that was lost comes back; "ended" for good
+    state: "running"; "restoring" while a stage that was lost comes back, or one says nothing; "ended" for good
     stage: which one was lost; error: what ended the engine
     """
 
@@ -92,6 +100,9 @@ class Stages(Protocol):
 
     def lost(self) -> StageLost | None:
         """What `receive` would raise now because a stage is gone, None if all are there. Never waits."""
+
+    def quiet(self) -> int | None:
+        """A stage that has said nothing for a while, and may be lost. Never waits."""
 
     def stats(self) -> Sequence[StageStats]:
         """One for each stage. May be called while another thread waits in `receive`."""
@@ -132,6 +143,9 @@ class LocalStages:
         return []
 
     def lost(self) -> None:
+        """It is this process."""
+
+    def quiet(self) -> None:
         """It is this process."""
 
     def stats(self) -> list[StageStats]:

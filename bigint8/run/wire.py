@@ -21,12 +21,15 @@ from ..errors import WorkerError
 from ..model.step import CHOICE, Result, Step
 
 MAGIC = b"bigint8\0"
-VERSION = 2
+VERSION = 3
 ALIGN = 64
 """Bytes of a cache line: vector instructions read what begins there fastest."""
 
 MOST_BYTES = 2**30
 """The largest message that is sent or taken, header aside, unless a link is told otherwise."""
+
+BUSY = "busy"
+"""What a PULSE says of a stage that is at a message."""
 
 Array = NDArray[Any]
 
@@ -44,6 +47,7 @@ class Kind(IntEnum):
         of a step, for the driver
     FAILED: why a stage could not run a step, for the driver; `place` is the stage
     LOST: that a stage lost the connection to stage `place`, and why, for the driver
+    PULSE: that stage `place` is there, has worked on `number` messages, and whether it is at one, for the driver
     """
 
     STEP = 1
@@ -51,6 +55,7 @@ class Kind(IntEnum):
     RESULT = 3
     FAILED = 4
     LOST = 5
+    PULSE = 6
 
 
 DTYPES = ("none", "float32", "float16", "bfloat16", "int32", "uint8")
@@ -84,7 +89,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """What a FAILED or LOST message says."""
+        """What a FAILED, LOST or PULSE message says."""
         return self.payload.tobytes().decode("utf-8", "replace")
 
 
@@ -125,9 +130,14 @@ def result_message(number: int, values: Array) -> Message:
 
 
 def word(kind: Kind, number: int, place: int, text: str) -> Message:
-    """A FAILED or LOST message."""
+    """A message of a kind that bears a text."""
     payload = np.frombuffer(text.encode(), np.uint8)[None]
     return Message(kind, number, payload=payload, dtype="uint8", place=place)
+
+
+def pulse(handled: int, place: int, busy: bool) -> Message:
+    """A PULSE message."""
+    return word(Kind.PULSE, handled, place, BUSY if busy else "")
 
 
 def result_of(message: Message) -> Result:

