@@ -52,10 +52,10 @@ USES_WORKERS = (
 
 COMPILED_MODULE = "test_gpu_resources.py"
 ORDER = (
-    "test_pipeline.py", "test_workers.py", "test_faults.py", "test_launch.py", "test_examples.py",
-    "test_service_faults.py",
-    "test_gpu_step.py", "test_graph_stages.py", "test_numba_cache.py", "test_graphs.py", "test_plans.py",
-    "test_presets_fit.py", "test_kernels.py", "test_recipes.py", "test_sources.py", "test_planned_peak.py",
+    "test_pipeline.py", "test_workers.py", "test_faults.py", "test_lost_nodes.py", "test_launch.py", "test_examples.py",
+    "test_service_faults.py", "test_ray_serve.py", "test_jobs.py", "test_gpu_step.py", "test_graph_stages.py",
+    "test_numba_cache.py", "test_graphs.py", "test_plans.py", "test_presets_fit.py", "test_kernels.py",
+    "test_recipes.py", "test_sources.py", "test_planned_peak.py",
 )  # fmt: skip
 """Modules that take long come first, so that no process is left alone with them at the end."""
 

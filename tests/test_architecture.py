@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from bigint8_kernels import cpu_prompt, cpu_scores, cpu_step, generic, reference
+from bigint8_kernels import cpu_outliers, cpu_scores, cpu_step, generic, reference
 
 from bigint8.model import graphs, rotary
 from bigint8.options import Activations
@@ -184,7 +184,8 @@ def test_a_plan_counts_memory_on_the_cpu_in_the_sizes_that_kernels_have():
     assert (memory.CACHE_LINE, memory.ACTIVATION_BLOCK) == (cpu_step.ALIGNMENT, reference.BLOCK)
     assert (memory.ATTENTION_CHUNK, memory.RESULT_BYTES) == (cpu_scores.CHUNK, 4 * cpu_scores.RESULTS)
     assert (memory.TILE, memory.SPLIT_TILES_A_THREAD) == (cpu_scores.TILE, cpu_step.SPLIT_TILES_A_THREAD)
-    assert (memory.COLUMN_BYTES, memory.POSITIONS) == (2 * cpu_prompt.COLUMN_BYTES, rotary.POSITIONS)
+    tiles = 16 * cpu_outliers.TILE * cpu_outliers.RUN
+    assert (8 * cpu_outliers.MOST_LISTED + tiles, rotary.POSITIONS) == (memory.OUTLIER_BYTES, memory.POSITIONS)
     assert memory.SPARE_BUFFERS == buffers.MOST_SPARE
 
 

@@ -143,12 +143,28 @@ def test_int8_layers_equal_their_definition_without_integer_instructions(monkeyp
     assert_close(run_linear(x, [layer], 2), reference_linear(x, [layer], 2), 1e-4)
 
 
-def test_outlier_columns_that_are_gathered_a_few_at_a_time_add_the_same_bits(monkeypatch):
-    layer, x = int8(33, 530, threshold=2.0, bias=random(33)), random(9, 530, seed=1)
+@pytest.mark.parametrize("t, k, n", [(5, 2100, 130), (3, 1024, 64), (2, 1025, 63), (9, 530, 200)])
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 3.5])
+def test_outliers_in_any_number_of_columns_equal_their_definition(t, k, n, threshold):
+    """Tiles of 64 outputs, and runs of 1024 columns."""
+    layers = [int8(n, k, seed=1, threshold=threshold), int8(70, k, seed=2, threshold=threshold, bias=random(70))]
+    x = random(t, k, seed=3)
+    assert_close(run_linear(x, layers, 0), reference_linear(x, layers, 0), 1e-4)
+
+
+def test_outliers_that_are_listed_a_few_tokens_at_a_time_add_the_same_bits(monkeypatch):
+    layer, x = int8(133, 1530, threshold=0.5, bias=random(133)), random(19, 1530, seed=1)
     at_once = run_linear(x, [layer], 2)
-    monkeypatch.setattr("bigint8_kernels.cpu_prompt.COLUMN_BYTES", 100)
+    monkeypatch.setattr("bigint8_kernels.cpu_outliers.MOST_LISTED", 2000)
     assert torch.equal(run_linear(x, [layer], 2), at_once)
     assert_close(at_once, reference_linear(x, [layer], 2), 1e-4)
+
+
+def test_the_outliers_of_other_tokens_change_no_bit_of_a_token():
+    layer, x = int8(133, 2500, threshold=1.5), random(19, 2500, seed=1)
+    together = run_linear(x, [layer], 0)
+    alone = torch.cat([run_linear(x[t : t + 1], [layer], 0) for t in range(len(x))])
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -1,83 +1,28 @@
 """The recipes of launch/: Ray accepts the cluster file, and submit.sh really submits, to a cluster that runs here."""
 
 import copy
-import os
 import re
-import secrets
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from job_cluster import JobCluster, job_cluster
 
 ROOT = Path(__file__).parent.parent
 SUBMIT = ROOT / "launch" / "submit.sh"
 
-CLUSTER = """
-import socket, sys
-from ray.cluster_utils import Cluster
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-cluster = Cluster(
-    initialize_head=True,
-    head_node_args=dict(
-        num_cpus=4, object_store_memory=2**28, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
-        dashboard_agent_listen_port=0,
-    ),
-)
-print(cluster.webui_url, flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
-"""Runs a cluster until its stdin ends: `ray.init`, but beside another one its agent, which takes jobs, finds a port."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A cluster that runs, and what a client of it has in its environment."""
-
-    address: str
-    process: psutil.Process
-    environment: dict[str, str]
-
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # tmp_path is too long for Ray's sockets
-        yield from run_cluster(folder)
+def cluster() -> Iterator[JobCluster]:
+    with job_cluster() as running:
+        yield running
 
 
-def run_cluster(folder: str) -> Iterator[Cluster]:
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # everything binds to loopback
-        "RAY_TMPDIR": folder,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
-    environment.pop("RAY_ADDRESS", None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        address = process.stdout.readline().strip()
-        assert address, "the cluster did not start"
-        yield Cluster(f"http://{address}", psutil.Process(process.pid), environment)
-    finally:
-        process.stdin.close()
-        process.wait(120)
-
-
-def submit(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(cluster: JobCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(SUBMIT), cluster.address, "--", *arguments]
     return subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=600)
 
@@ -138,7 +83,7 @@ def test_submit_says_how_to_use_it(arguments: list[str]) -> None:
     assert "usage: launch/submit.sh [ADDRESS] -- ARGUMENTS..." in done.stderr
 
 
-def test_submit_without_a_cluster_there_fails(cluster: Cluster) -> None:
+def test_submit_without_a_cluster_there_fails(cluster: JobCluster) -> None:
     environment = cluster.environment | {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
     command = [str(SUBMIT), "--", "--model", "smollm2-135m"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -146,7 +91,7 @@ def test_submit_without_a_cluster_there_fails(cluster: Cluster) -> None:
     assert "http://127.0.0.1:1" in done.stdout + done.stderr
 
 
-def test_submitted_job_generates_text_over_two_workers_and_arguments_arrive_unchanged(cluster: Cluster) -> None:
+def test_submitted_job_generates_text_over_two_workers_and_arguments_arrive_unchanged(cluster: JobCluster) -> None:
     prompt = "The capital of France is"
     odd = """He said: "it's $HOME, `id` \\ and *"  twice;"""
     prompts = ["--raw", "--prompt", prompt, "--prompt", odd]
@@ -156,13 +101,13 @@ def test_submitted_job_generates_text_over_two_workers_and_arguments_arrive_unch
     assert f"\n{odd}" in done.stdout
 
 
-def test_a_job_that_fails_is_a_failure(cluster: Cluster) -> None:
+def test_a_job_that_fails_is_a_failure(cluster: JobCluster) -> None:
     done = submit(cluster, "--model", "no-such-model/")
     assert done.returncode == 1
     assert "error: no-such-model/" in done.stdout
 
 
-def test_a_job_that_is_stopped_is_a_failure(cluster: Cluster) -> None:
+def test_a_job_that_is_stopped_is_a_failure(cluster: JobCluster) -> None:
     command = [
         str(SUBMIT),
         cluster.address,
@@ -184,7 +129,7 @@ def test_a_job_that_is_stopped_is_a_failure(cluster: Cluster) -> None:
     assert watcher.returncode == 1
 
 
-def test_cluster_listens_on_loopback_only(cluster: Cluster) -> None:
+def test_cluster_listens_on_loopback_only(cluster: JobCluster) -> None:
     listening = set()
     for process in cluster.process.children(recursive=True):
         try:

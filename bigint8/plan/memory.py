@@ -45,8 +45,9 @@ ATTENTION_CHUNK, RESULT_BYTES, SPLIT_TILES_A_THREAD, TILE = 128, 8448, 4, 4
 """Places that share a softmax; the results of a tile of four queries for them; tiles for each thread that are split:
 CHUNK, RESULTS, SPLIT_TILES_A_THREAD and TILE of `bigint8_kernels`' attention on the CPU."""
 
-COLUMN_BYTES = 2 * 2**20
-"""Outlier columns of a weight that a prompt gathers at once, twice: `bigint8_kernels.cpu_prompt.COLUMN_BYTES`."""
+OUTLIER_BYTES = 2 * 2**20
+"""The list of a prompt's outliers, MOST_LISTED of `bigint8_kernels.cpu_outliers`, and tiles of weights for 16 threads.
+"""
 
 POSITIONS = 1024
 """Rotary positions whose cosines and sines are computed together: `model.rotary.POSITIONS`."""
@@ -201,7 +202,7 @@ def _cpu_workspace(layout: Layout, workload: Workload, dtype_bytes: int, stages:
         }
     else:
         anywhere |= {"modules of transformers": int(MODULES_KEEP * rows * _module_row_bytes(sizes, dtype_bytes))}
-    anywhere |= {"packed weights": _packed_bytes(layout, workload), "outlier columns": COLUMN_BYTES}
+    anywhere |= {"packed weights": _packed_bytes(layout, workload), "outliers": OUTLIER_BYTES}
     values = sizes.position_values is not None
     front = {"embeddings": rows * (2 * (sizes.width or 0) + 10 * sizes.hidden * values), "before": kept["before"]}
     back = {"after": kept["after"]}

@@ -168,9 +168,14 @@ def command(app: typer.Typer, flags: type[Flags]) -> Callable[[Callable[[Flags],
     return register
 
 
+LOG_COLUMNS = 120
+"""How wide tables may be where no terminal says it, as in the log of a job."""
+
+
 def new_console() -> Console:
     """Where commands print: as it is, whatever brackets a path may hold."""
-    return Console(highlight=False, markup=False)
+    told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, markup=False, width=None if told else LOG_COLUMNS)
 
 
 def new_app() -> typer.Typer:

@@ -10,7 +10,7 @@ Needs torch, numba and, on GPUs, triton; usable without the rest of bigint8.
 - `cpu_float`: float weights on the CPU, multiplied in float32 (`numba_floats`: its vectors);
 - `cpu_step`: the operations of a step on the CPU (`step`), recorded as one program of kernels: `cpu_program` runs it on
   several threads, `cpu_rows` has norms and activations, `cpu_pages` keys and values, `cpu_attention` and `cpu_scores`
-  attention over them, `cpu_prompt` int8 rows of prompts;
+  attention over them, `cpu_prompt` int8 rows of prompts, `cpu_outliers` what is too large in them for int8;
 - `cpu_ahead`: all kernels for the CPU, compiled before they are needed;
 - `triton_weights`, `triton_activations`, `triton_matmul`, `triton_gemv`: the kernels for GPUs, a family a file
   (`triton_numbers`: what they share); `gpu_tiles`: their configurations; `gpu`: which of them serves how many rows;

@@ -17,6 +17,7 @@ from . import (
     cpu,
     cpu_attention,
     cpu_float,
+    cpu_outliers,
     cpu_pages,
     cpu_product,
     cpu_program,
@@ -54,7 +55,8 @@ def compile_cpu_kernels(dtypes: Iterable[torch.dtype], pools: Iterable[torch.dty
     kernels = [cpu_attention.ATTEND[dtype] for dtype in pooled]  # these take longest
     kernels += [*(cpu_pages.PREPARE[dtype] for dtype in pooled), cpu_attention.add_chunks]
     kernels += [cpu_product.multiply, cpu.to_int16, cpu.to_int8, cpu.to_int8_without]
-    kernels += [cpu_rows.add_norm, cpu_rows.activate, cpu_prompt.to_int8_by_token, cpu_prompt.add_outliers]
+    kernels += [cpu_rows.add_norm, cpu_rows.activate, cpu_prompt.to_int8_by_token]
+    kernels += [cpu_outliers.list_outliers, cpu_outliers.add_outliers]
     if cpu.has_int8_dot():
         kernels += [cpu.rescale, cpu_prompt.rescale_in_place]
     kernels += [cpu_float.PRODUCTS[dtype] for dtype in stored]

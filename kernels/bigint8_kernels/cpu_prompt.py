@@ -2,61 +2,42 @@
 """Rows of a prompt through int8 layers on the CPU, each token by itself: `reference.int8_linear_by_token`.
 
 A token's outliers are single values of its own row. They are zero among its integers, and are added afterwards in the
-order of k, one weight column a value. So no token's result depends on the others, to the last bit.
+order of k (`cpu_outliers`). So no token's result depends on the others, to the last bit.
 """
+
+import itertools
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from . import cpu_product
 from .cpu import has_int8_dot
+from .cpu_outliers import Outliers, least_outlier
 from .cpu_threads import Work, blocks_of, kernel, threads_for, work_at
 from .cpu_weights import row_scale
 from .numba_bits import (
     float32_at,
     int8_at,
     int16_at,
-    intp_at,
+    int32_at,
     magnitude,
     magnitude_to_float32,
     round_to_int8,
     to_bits,
 )
-from .numba_floats import WIDTH, load, load_first, multiply_add, spread, sum_of
 from .step import Linear
-
-COLUMN_BYTES = 2**20
-"""Outlier columns of a weight that are gathered at once, as they are and turned: a prompt may mark any number."""
-
-
-@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def _sum_of_squares(x_K, features):
-    """With an order of its own, not the compiler's: two kernels must find the same outliers."""
-    total = spread(np.float32(0.0))
-    for k in range(0, features, WIDTH):
-        x = load(x_K, k) if k + WIDTH <= features else load_first(x_K, k, features - k)
-        total = multiply_add(x, x, total)
-    return sum_of(total)
-
-
-@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def _least_outlier(x_K, features, threshold):
-    """From which |x| on a value of this row is an outlier: the threshold times the row's root mean square."""
-    least = threshold * np.sqrt(_sum_of_squares(x_K, features) / np.float32(features))
-    return least if least > 0 else np.float32(np.inf)
 
 
 @kernel
 def to_int8_by_token(address, part, parts):
-    """int8 values and scales of rows, each row's outliers left out; marks the columns with outliers."""
+    """int8 values and scales of rows, each row's outliers left out; marks their columns, and counts them (`sums`)."""
     work = work_at(address)
     features, blocks = work.features, blocks_of(work.features)
     outliers_K = int8_at(work.outliers, 0)
     for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
         x_K, q_K = float32_at(work.x, t * features), int16_at(work.q, t * features)
-        most = _least_outlier(x_K, features, work.threshold)
+        most = least_outlier(x_K, features, work.threshold)
         largest = np.uint32(0)
         for k in range(features):
             m = magnitude(x_K[k]) if abs(x_K[k]) < most else np.uint32(0)
@@ -65,9 +46,12 @@ def to_int8_by_token(address, part, parts):
         x_scale_B = float32_at(work.x_scale, t * blocks)
         for b in range(blocks):
             x_scale_B[b] = scale
+        count = 0
         for k in range(features):
             if abs(x_K[k]) >= most:
                 outliers_K[k] = 1
+                count += 1
+        int32_at(work.sums, t)[0] = count
         if work.narrow:
             narrow_K = int8_at(work.q, t * features)
             for k in range(features):
@@ -89,33 +73,17 @@ def rescale_in_place(address, part, parts):
             y_N[n] = y + bias_N[n] if work.bias else y
 
 
-@kernel
-def add_outliers(address, part, parts):
-    """Y plus each token's outliers times their columns of the weight, gathered: int8 (C, N). `outliers`: int64 (C,)."""
-    work = work_at(address)
-    scale_N = float32_at(work.scale, 0)
-    for t in range(part * work.tokens // parts, (part + 1) * work.tokens // parts):
-        x_K, y_N = float32_at(work.x, t * work.features), float32_at(work.y, t * work.y_stride)
-        most = _least_outlier(x_K, work.features, work.threshold)
-        for c in range(work.columns):
-            x = x_K[intp_at(work.outliers, c)[0]]
-            if abs(x) >= most:
-                w_N = int8_at(work.weight, c * work.rows)
-                for n in range(work.rows):
-                    y_N[n] += x * (np.float32(w_N[n]) * scale_N[n])
-
-
 class Prompt:
     """Several layers of the same X, for the rows of prompts: what a `CpuStep` runs between native calls.
 
     Its memory is the step's: what is allocated anew for each layer leaves holes between what stays.
     """
 
-    def __init__(self, x_TK: Tensor, q_TK: Tensor, x_scale_TB: Tensor, columns: Tensor) -> None:
+    def __init__(self, x_TK: Tensor, q_TK: Tensor, x_scale_TB: Tensor, listed: Tensor) -> None:
         """q_TK int16, x_scale_TB float32: of as many rows as X; memory for the integers of X and their scales.
-        columns int8 (2, COLUMN_BYTES): memory for columns of a weight, as they are and turned.
+        listed int32 (2, MOST_LISTED): memory for a list of outliers.
         """
-        self._x, self._q, self._x_scale, self._columns = x_TK, q_TK, x_scale_TB, columns
+        self._x, self._q, self._x_scale, self._listed = x_TK, q_TK, x_scale_TB, listed
         self._layers = list[tuple[Linear, Tensor]]()
 
     def __len__(self) -> int:
@@ -128,42 +96,43 @@ class Prompt:
     def __call__(self, first: int, last: int) -> None:
         """Compute the rows from first to last."""
         x_TK, memory_TK, x_scale_TB = self._x[first:last], self._q[first:last], self._x_scale[first:last]
-        threshold = None
-        for layer, y_TN in self._layers:
-            if layer.threshold != threshold:
-                threshold = layer.threshold
-                q_TK, columns_C = quantize_by_token(x_TK, threshold, memory_TK, x_scale_TB)
-            _multiply(x_TK, q_TK, x_scale_TB, columns_C, layer, y_TN[first:last], self._columns)
+        for threshold, alike in itertools.groupby(self._layers, key=lambda layer: layer[0].threshold):
+            layers = [(layer, y_TN[first:last]) for layer, y_TN in alike]
+            q_TK, marked_K, counts_T = quantize_by_token(x_TK, threshold, memory_TK, x_scale_TB)
+            for layer, y_TN in layers:
+                _multiply(q_TK, x_scale_TB, layer, y_TN)
+            Outliers(x_TK, threshold, marked_K, counts_T, self._listed).add(layers)
 
 
-def quantize_by_token(x_TK: Tensor, threshold: float, memory_TK: Tensor, x_scale_TB: Tensor) -> tuple[Tensor, Tensor]:
-    """X (T, K) as integers in memory of int16 (T, K): int8 with VNNI, else int16; and outlier columns (C,).
+def quantize_by_token(
+    x_TK: Tensor, threshold: float, memory_TK: Tensor, x_scale_TB: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """X (T, K) as integers in memory of int16 (T, K): int8 with VNNI, else int16; which columns have outliers, bool
+    (K,); and how many each token has, int32 (T,).
 
     Writes the scales (T, B), all of a row alike.
     """
     tokens, features = x_TK.shape
     narrow = has_int8_dot() and features > 1  # torch mistakes a single column for a row and multiplies wrongly
     q_TK = memory_TK.view(-1).view(torch.int8)[: x_TK.numel()].view(tokens, features) if narrow else memory_TK
-    outliers_K = torch.zeros(features, dtype=torch.bool)
+    outliers_K, counts_T = torch.zeros(features, dtype=torch.bool), torch.empty(tokens, dtype=torch.int32)
     work = Work(
         x=x_TK.data_ptr(), q=q_TK.data_ptr(), x_scale=x_scale_TB.data_ptr(), outliers=outliers_K.data_ptr(),
-        tokens=tokens, features=features, narrow=int(narrow), threshold=threshold,
+        sums=counts_T.data_ptr(), tokens=tokens, features=features, narrow=int(narrow), threshold=threshold,
     )  # fmt: skip
     with threads_for(x_TK.numel()) as parts:
         to_int8_by_token(work, parts)
-    return q_TK, outliers_K.nonzero().squeeze(1)
+    return q_TK, outliers_K, counts_T
 
 
-def _multiply(
-    x_TK: Tensor, q_TK: Tensor, x_scale_TB: Tensor, columns_C: Tensor, layer: Linear, y_TN: Tensor, columns: Tensor
-) -> None:
-    """Y, a slice of wider rows, from the integers of X and its outliers. `columns`: two halves to gather weights in."""
+def _multiply(q_TK: Tensor, x_scale_TB: Tensor, layer: Linear, y_TN: Tensor) -> None:
+    """Y, a slice of wider rows, from the integers of X."""
     assert layer.scale is not None
-    (tokens, features), rows = x_TK.shape, layer.weight.shape[0]
+    (tokens, features), rows = q_TK.shape, layer.weight.shape[0]
     work = Work(
-        x=x_TK.data_ptr(), q=q_TK.data_ptr(), weight=layer.weight.data_ptr(), scale=layer.scale.data_ptr(),
+        q=q_TK.data_ptr(), weight=layer.weight.data_ptr(), scale=layer.scale.data_ptr(),
         bias=0 if layer.bias is None else layer.bias.data_ptr(), y=y_TN.data_ptr(), y_stride=y_TN.stride(0),
-        tokens=tokens, features=features, rows=rows, threshold=layer.threshold,
+        tokens=tokens, features=features, rows=rows,
     )  # fmt: skip
     if q_TK.dtype == torch.int8:
         x_scale_T = x_scale_TB[:, 0].contiguous()
@@ -178,10 +147,3 @@ def _multiply(
         work.x_scale = x_scale_TB.data_ptr()
         with threads_for(rows * features * tokens) as parts:
             cpu_product.multiply(work, parts)
-    for some_C in columns_C.split(max(1, COLUMN_BYTES // rows)) if len(columns_C) else ():  # in the order of k
-        gathered, turned = (part[: rows * len(some_C)] for part in columns)
-        w_NC = torch.index_select(layer.weight, 1, some_C, out=gathered.view(rows, len(some_C)))
-        w_CN = turned.view(len(some_C), rows).copy_(w_NC.T)
-        work.weight, work.outliers, work.columns = w_CN.data_ptr(), some_C.data_ptr(), len(some_C)
-        with threads_for(tokens * rows * len(some_C)) as parts:
-            add_outliers(work, parts)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from . import cpu, cpu_attention, cpu_float, cpu_pages, cpu_product, cpu_rows, cpu_threads
+from .cpu_outliers import MOST_LISTED
 from .cpu_pages import AttentionWork
 from .cpu_program import Program
-from .cpu_prompt import COLUMN_BYTES, Prompt
+from .cpu_prompt import Prompt
 from .cpu_rows import ACTIVATIONS, ActivationWork, NormWork, Rows, Table
 from .cpu_scores import CHUNK, RESULTS
 from .cpu_threads import Kernel, Work
@@ -54,7 +55,7 @@ class CpuStep:
         # what runs between native calls: after which groups, whether at every run, and what, on rows from first to last
         self._between: list[tuple[int, bool, Callable[[int, int], None]]] = []
         self._kept: list[Tensor] = []
-        self._columns = torch.empty(2, COLUMN_BYTES, dtype=torch.int8)
+        self._outliers = torch.empty(2, MOST_LISTED, dtype=torch.int32)
         self._rotated = 0
         self._most_split, self._split = 0, torch.empty(0)
 
@@ -158,7 +159,7 @@ class CpuStep:
         if all(layer.scale is None or layer.activations == "16bit" for layer in layers):
             return
         for always in (False, True):
-            first, prompt = 0, Prompt(x_TK, *self._integers(x_TK.shape[1]), self._columns)
+            first, prompt = 0, Prompt(x_TK, *self._integers(x_TK.shape[1]), self._outliers)
             for layer in layers:
                 last = first + layer.weight.shape[0]
                 if layer.scale is not None and layer.activations == ("int8" if always else "auto"):

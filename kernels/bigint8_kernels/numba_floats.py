@@ -15,7 +15,7 @@ from .numba_vectors import Vector
 WIDTH = 16
 """Values of a vector: the places of a page of keys, one 512-bit register or two of 256 bits."""
 
-_INT1, _INT16, _INT32, _FLOAT = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_INT1, _INT8, _INT16, _INT32, _FLOAT = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 FLOATS16 = Vector(_FLOAT, WIDTH)
 
@@ -30,8 +30,8 @@ def _spread(builder, value):
 
 
 def _stored(pointer: types.CPointer) -> ir.Type:
-    """The LLVM type of values that are float32, float16 (uint16) or bfloat16 (int16) in memory."""
-    return {types.float32: _FLOAT, types.uint16: ir.HalfType(), types.int16: _INT16}[pointer.dtype]
+    """The LLVM type of values that are float32, float16 (uint16), bfloat16 (int16) or int8 in memory."""
+    return {types.float32: _FLOAT, types.uint16: ir.HalfType(), types.int16: _INT16, types.int8: _INT8}[pointer.dtype]
 
 
 def _widened(builder, vector, item: ir.Type):
@@ -41,6 +41,8 @@ def _widened(builder, vector, item: ir.Type):
         wide = ir.VectorType(_INT32, WIDTH)
         bits = builder.shl(builder.zext(vector, wide), ir.Constant(wide, [16] * WIDTH))
         return builder.bitcast(bits, _VECTOR)
+    if item == _INT8:
+        return builder.sitofp(vector, _VECTOR)
     return builder.fpext(vector, _VECTOR)
 
 
@@ -52,13 +54,13 @@ def _lanes_below(builder, count):
 
 @intrinsic
 def load(typingctx, pointer, index):
-    """16 values from an index of a pointer to float32, float16 or bfloat16 on, as float32."""
+    """16 values from an index of a pointer to float32, float16, bfloat16 or int8 on, as float32."""
 
     def codegen(context, builder, signature, args):
         item = _stored(signature.args[0])
         at = builder.bitcast(builder.gep(args[0], [args[1]]), ir.VectorType(item, WIDTH).as_pointer())
         vector = builder.load(at, typ=ir.VectorType(item, WIDTH))
-        vector.align = 4 if item == _FLOAT else 2
+        vector.align = {_FLOAT: 4, _INT8: 1}.get(item, 2)
         return _widened(builder, vector, item)
 
     return FLOATS16(pointer, types.intp), codegen
@@ -66,7 +68,7 @@ def load(typingctx, pointer, index):
 
 @intrinsic
 def load_first(typingctx, pointer, index, count):
-    """`load` of the first `count` values only; the other lanes are 0, and their memory is not touched."""
+    """`load` of the first `count` values only, not int8: the other lanes are 0, and their memory is not touched."""
 
     def codegen(context, builder, signature, args):
         item = _stored(signature.args[0])
@@ -253,6 +255,21 @@ def stack_floats(typingctx, count):
         return builder.bitcast(memory, _FLOAT.as_pointer())
 
     return types.CPointer(types.float32)(types.IntegerLiteral(length)), codegen
+
+
+@intrinsic
+def stack_bytes(typingctx, count):
+    """The address of a constant number of bytes, a multiple of 64, that last until the function returns."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    length = count.literal_value
+
+    def codegen(context, builder, signature, args):
+        memory = cgutils.alloca_once(builder, ir.ArrayType(_INT8, length))
+        memory.align = 64
+        return builder.ptrtoint(memory, context.get_value_type(types.intp))
+
+    return types.intp(types.IntegerLiteral(length)), codegen
 
 
 @intrinsic
