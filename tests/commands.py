@@ -20,6 +20,7 @@ def assert_refused(ended: Ended, *said: str) -> None:
     """One line of error, no traceback, exit code 2."""
     assert ended.code == 2
     assert "Traceback" not in ended.error and "Traceback" not in ended.out
+    assert ended.error.strip(), ended
     last = ended.error.strip().splitlines()[-1]
     assert last.startswith("error: ")
     for part in said:

@@ -53,7 +53,6 @@ USES_WORKERS = (
 COMPILED_MODULE = "test_gpu_resources.py"
 ORDER = (
     "test_pipeline.py", "test_workers.py", "test_faults.py", "test_lost_nodes.py", "test_launch.py", "test_examples.py",
-    "test_pipeline.py", "test_workers.py", "test_faults.py", "test_lost_nodes.py", "test_launch.py", "test_examples.py",
     "test_service_faults.py", "test_machines.py", "test_ray_serve.py", "test_jobs.py", "test_gpu_step.py",
     "test_graph_stages.py", "test_numba_cache.py", "test_graphs.py", "test_plans.py", "test_presets_fit.py",
     "test_kernels.py", "test_recipes.py", "test_sources.py", "test_planned_peak.py",
