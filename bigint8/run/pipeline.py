@@ -13,12 +13,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from ..errors import BigInt8Error, CheckpointError, WorkerDied, WorkerError
-from ..load.bars import LoadProgress
+from ..load.bars import LoadProgress, Shown
 from ..options import Cluster
 from ..plan.devices import Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
-from .cluster import connect, pick
+from .cluster import connect, leave, pick
 from .cores import Share
 from .doors import HELLO_SECONDS, new_secret
 from .nodes import box_with, linked_boxes, measure_links
@@ -59,15 +59,18 @@ class Pipeline:
         workers: int | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         spec: ModelSpec | None = None,
+        beside: "Pipeline | None" = None,
     ) -> None:
         """Start `workers` actors: by default one for each GPU of the cluster, or a CPU of each node if it has none.
 
         By default the cluster is a new one that listens on loopback only. `spec` is that of the model they will load,
-        if it is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
+        if it is known: they prepare for it at once. With `beside`, they are workers on the devices of those, of the same
+        number, whatever else is asked for. Raises WorkerError if the cluster cannot be reached or has too few
         GPUs or CPUs.
         """
         self._started_ray = False
         self._reserved: Reserved | None = None
+        self._beside: list[str | None] = []  # where these are second workers: the GPU of each place
         self._workers: list[Any] = []
         self._plan: Plan | None = None
         self.count = 0
@@ -81,8 +84,14 @@ class Pipeline:
         self.infos: list[WorkerInfo] = []
         try:
             self._started_ray = connect(workers, cluster.address)
-            self.kind, count = pick(workers, cluster.device)
-            self._start_workers(count)
+            if beside is None or beside._reserved is None:
+                self.kind, count = pick(workers, cluster.device)
+                self._reserved = Reserved(self.kind, count)
+            else:
+                self.kind, self._reserved = beside.kind, beside._reserved.share()
+                gpus = dict(zip(beside._bundles, (info.gpu_id for info in beside.infos), strict=True))
+                self._beside = [gpus[place] for place in range(self._reserved.count)]
+            self._start_workers(self._reserved)
         except BaseException:
             self.close()
             raise
@@ -93,10 +102,10 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_workers(self, count: int) -> None:
-        self._reserved = Reserved(self.kind, count)
+    def _start_workers(self, reserved: Reserved) -> None:
+        count = reserved.count
         # before the workers import what they need, which would be measured with the links
-        measure_links(self._reserved.nodes())
+        measure_links(reserved.nodes())
         self._workers = [self._new_worker(i) for i in range(count)]
         infos = self._get([worker.describe.remote() for worker in self._workers], START_SECONDS)
         order = sorted(range(count), key=lambda i: (infos[i].host, infos[i].node, infos[i].gpu, i))
@@ -108,8 +117,9 @@ class Pipeline:
         from .worker import Worker
 
         assert self._reserved is not None
-        actor = ray.remote(concurrency_groups={"control": 1})(Worker).options(**self._reserved.options(bundle))
-        return actor.remote(self.kind, self._spec)
+        options = self._reserved.options(bundle, shared=bool(self._beside))
+        actor = ray.remote(concurrency_groups={"control": 1})(Worker).options(**options)
+        return actor.remote(self.kind, self._spec, self._beside[bundle] if self._beside else None)
 
     def devices(self) -> list[Device]:
         """A device for each worker, in order; CPU workers of one box share its memory equally.
@@ -134,8 +144,10 @@ class Pipeline:
             for info in self.infos
         ]
 
-    def load(self, plan: Plan, progress: bool = True) -> "list[LoadReport]":
+    def load(self, plan: Plan, progress: Shown = True) -> "list[LoadReport]":
         """Load every stage of the plan, in parallel, each worker its own byte ranges.
+
+        progress: whether to show it, or who is told of it (`load.bars.Watch`)
 
         The checkpoint's folder must be readable on every node. Workers beyond the plan's stages stay idle. Raises what
         the loader raises; then nothing stays loaded.
@@ -192,7 +204,7 @@ class Pipeline:
         # a load that begins before a worker has unloaded would show how far the one before it came
         ray.wait(asked, num_returns=len(asked), timeout=UNLOAD_SECONDS)
 
-    def _watch(self, loads: list[Any], progress: bool) -> "list[LoadReport]":
+    def _watch(self, loads: list[Any], progress: Shown) -> "list[LoadReport]":
         """Show how far the workers are until all are done, or the first has failed."""
         workers = list(zip(self._workers, self.infos, strict=True))[: len(loads)]
         names = [f"worker {i} ({info.host}, {info.device.name})" for i, (_, info) in enumerate(workers)]
@@ -346,7 +358,7 @@ class Pipeline:
                 reserved.free()
         finally:
             if started:
-                ray.shutdown()
+                leave()
 
 
 def _in_the_same_box(one: Device, other: Device) -> bool:
