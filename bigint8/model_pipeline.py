@@ -1,7 +1,10 @@
 """A model as a pipeline over devices: planned, loaded, given requests, ended."""
 
 import contextlib
+import ctypes
+import gc
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
@@ -274,6 +277,18 @@ def _as_planned(plan: Plan, there: Sequence[Device]) -> bool:
         device.model == stage.device.model and replace(stage, device=device).headroom_bytes >= 0
         for stage, device in zip(plan.stages, there, strict=False)
     )
+
+
+def give_memory_back() -> None:
+    """Let the system have the memory of models that have ended: what is in cycles, and what allocators keep."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries give back by themselves
+        if trim is not None:
+            trim(0)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 from ..units import decimal, speed
 
 Watch = Callable[[int, int, int], None]
-"""Told how far a load is: which one, its bytes done, its bytes in all. From any thread; what it raises ends the load."""
+"""Told how far a load is: which one, its bytes done, its bytes in all. Called from any thread."""
 
 Shown = bool | Watch
 """Whether progress is shown, or who is told of it instead."""

@@ -64,9 +64,9 @@ class Pipeline:
         """Start `workers` actors: by default one for each GPU of the cluster, or a CPU of each node if it has none.
 
         By default the cluster is a new one that listens on loopback only. `spec` is that of the model they will load,
-        if it is known: they prepare for it at once. With `beside`, they are workers on the devices of those, of the same
-        number, whatever else is asked for. Raises WorkerError if the cluster cannot be reached or has too few
-        GPUs or CPUs.
+        if it is known: they prepare for it at once. With `beside`, these are as many workers on the devices of
+        those, whatever else is asked for. Raises WorkerError if the cluster cannot be reached or has too few GPUs or
+        CPUs.
         """
         self._started_ray = False
         self._reserved: Reserved | None = None
