@@ -146,7 +146,7 @@ class _Api:
         """The numbers that the page shows."""
         said: dict[str, Any] = {"model": self._state.name, "health": self._state.health()[1]}
         if self._loads is not None:
-            said["load"] = self._loads.told()
+            said["load"] = self._loads.glance()
         sample = await self._metrics.sampler.sample()
         if sample is None:
             return JsonResponse(said)

@@ -27,15 +27,13 @@ Opener = Callable[[LoadRequest, ModelPipeline], ModelPipeline]
 class NoRoom(ApiError):
     """A model that does not fit beside the running one: with the numbers, and what would make it fit."""
 
-    def __init__(self, message: str, found: WaysOut | None) -> None:
+    def __init__(self, message: str, found: WaysOut) -> None:
         super().__init__(409, message, "model", "no_room")
         self._found = found
 
     def body(self) -> dict[str, Any]:
         """The error, and beside it the plan that comes nearest to fitting."""
         found = self._found
-        if found is None:
-            return super().body()
         names = ("needed_bytes", "there_bytes", "short_bytes")
         numbers = {name: getattr(found, name) for name in names}
         ways = [{"change": way.change, "text": way.text} for way in found.ways]
@@ -125,6 +123,14 @@ class Loads:
         load = self._load
         return load.name if load is not None and load.status in ("planning", "loading") else None
 
+    def glance(self) -> dict[str, Any]:
+        """What anyone may know of the load that was asked for last: nothing of where it is loaded from."""
+        load = self._load
+        if load is None:
+            return {"status": "none"}
+        read, total = (sum(each[i] for each in load.read.values()) for i in (0, 1))
+        return {"status": load.status, "name": load.name, "read_bytes": read, "total_bytes": total}
+
     def told(self) -> dict[str, Any]:
         """How far the load is that was asked for last."""
         load = self._load
@@ -192,8 +198,6 @@ class Loads:
 
     def _fail(self, load: Load, error: BaseException) -> None:
         """Leave all as it was. What is already served stays so."""
-        if not load.planned.done():
-            load.planned.set_exception(_told(error, self._state.name))
         if load.status != "draining":
             for unfinished in self._pipelines[:-1]:
                 self._pipelines.remove(unfinished)
@@ -203,6 +207,8 @@ class Loads:
         load.end("failed", in_one_line(error))
         self._state.loads["refused" if refused else "failed"] += 1
         self._say(f"{load.name} was not loaded: {in_one_line(error)}")
+        if not load.planned.done():  # last, so that who hears of it finds all as it was
+            load.planned.set_exception(_told(error, self._state.name))
 
     def close(self) -> None:
         """End all models. Requests that run fail."""
@@ -213,9 +219,8 @@ class Loads:
 
 def _told(error: BaseException, running: str) -> ApiError:
     """What whoever asked is told of a model that cannot be loaded, before anything was."""
-    if isinstance(error, PlanError):
-        found = error.ways_out if isinstance(error.ways_out, WaysOut) else None
-        return NoRoom(f"beside {running}, which goes on meanwhile: {error}", found)
+    if isinstance(error, PlanError) and isinstance(error.ways_out, WaysOut):
+        return NoRoom(f"beside {running}, which goes on meanwhile: {error}", error.ways_out)
     if isinstance(error, CheckpointError):
         return ApiError(400, str(error), "model", "no_such_checkpoint")
     if isinstance(error, BigInt8Error):
