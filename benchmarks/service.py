@@ -66,7 +66,7 @@ def main(
     requests: Annotated[int, typer.Option(min=8, help="Of the soak.")] = 1000,
     clients: Annotated[int, typer.Option(min=1, help="Of the soak.")] = 64,
     connections: Annotated[int, typer.Option(min=0, help="Open so many at once instead.")] = 0,
-    chunk: Annotated[int, typer.Option(min=16, help="Tokens of prompts that run at once.")] = 512,
+    chunk: Annotated[int, typer.Option(min=16, help="Tokens of prompts that run at once.")] = 32,
     long: Annotated[int, typer.Option(min=64, help="Tokens of the long prompt.")] = LONG,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     asks: Annotated[Path | None, typer.Option(hidden=True)] = None,

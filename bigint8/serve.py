@@ -7,7 +7,7 @@ import contextlib
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,8 @@ import typer
 
 from .errors import BigInt8Error
 from .model_pipeline import ModelPipeline
-from .options import Cluster, DeviceKind, Dtype, Int8Config
+from .options import SERVED_CPU_CHUNK, Cluster, DeviceKind, Dtype, Int8Config, Workload
+from .plan.devices import cuda_devices
 from .session import FoundModel, find_model
 from .terminal.flags import (
     AccessFlags,
@@ -130,7 +131,7 @@ def serve(flags: ServeFlags) -> None:
         console.print(f"listening on {server.address}; /health says 200 when the model is loaded", soft_wrap=True)
         if not keys and flags.host not in LOOPBACK:
             console.print(f"anyone who reaches {server.address} may use it: set {KEY_VARIABLE}", soft_wrap=True)
-        pipeline = ModelPipeline(found, flags.gpus, flags.workload(found.spec), cluster)
+        pipeline = ModelPipeline(found, flags.gpus, _work(flags, found), cluster)
         loads.begin(pipeline, flags.model)
         if pipeline.note:
             console.print(pipeline.note, soft_wrap=True)
@@ -170,9 +171,15 @@ def plan_beside(flags: ServeFlags, cluster: Cluster, wanted: "LoadRequest", runn
     checkpoint = flags.checkpoint if wanted.checkpoint is None and wanted.model == flags.model else wanted.checkpoint
     found = _found(flags, wanted.model, checkpoint, wanted.dtype, wanted.int8_head)
     found.opened()
-    context, sequences = wanted.context or flags.context, wanted.batch_size or flags.batch_size
-    work = found.spec.workload(context, sequences)
+    work = _work(flags, found, wanted.context, wanted.batch_size)
     return ModelPipeline(found, flags.gpus, work, cluster, beside=running)
+
+
+def _work(flags: ServeFlags, found: FoundModel, context: int | None = None, sequences: int | None = None) -> Workload:
+    """The work of the flags, or other numbers in their place. CPUs take prompts in short pieces, so that none waits."""
+    work = found.spec.workload(context or flags.context, sequences or flags.batch_size)
+    on_cpus = flags.device == "cpu" or (flags.device == "auto" and flags.address is None and not cuda_devices())
+    return replace(work, chunk=SERVED_CPU_CHUNK) if on_cpus else work
 
 
 def main() -> None:
