@@ -24,6 +24,7 @@ import json
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -413,7 +414,7 @@ def open_connections(model: str, count: int) -> Comparison:
     with program(model, "--context", "256", "--batch-size", "8") as (process, port):
         before = pss([psutil.Process(process.pid)])
         began = time.perf_counter()
-        statuses = asyncio.run(storm(port, count))
+        statuses = storm(port, count)
         seconds = time.perf_counter() - began
         if set(statuses) - {200, 429, 503}:
             comparison.add("statuses", None, str(dict(statuses)))
@@ -426,7 +427,7 @@ def open_connections(model: str, count: int) -> Comparison:
     return comparison
 
 
-async def storm(port: int, count: int) -> Counter[int]:
+def storm(port: int, count: int) -> Counter[int]:
     """How often which status was the answer to a request on each of so many connections that are open together.
 
     0: no answer. Ports are those of several addresses, since one has less than 65,000, many of them in use.
@@ -435,29 +436,24 @@ async def storm(port: int, count: int) -> Counter[int]:
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 2 * count, hard))
-    opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
     body = json.dumps({"model": "model", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d"
-    request = head % len(body) + b"\r\n\r\n" + body
-
-    async def open_one(index: int) -> None:
-        source = (f"127.0.0.{2 + index // 20_000}", 0)
-        opened.append(await asyncio.open_connection("127.0.0.1", port, local_addr=source))
-        opened[-1][1].write(request)
-
-    async def status_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+    statuses, opened = Counter[int](), []
+    for index in range(count):
         try:
-            line = await asyncio.wait_for(reader.readline(), WAIT)
-            return int(line.split()[1]) if line else 0
-        except (OSError, asyncio.TimeoutError):
-            return 0
-
-    refused = await asyncio.gather(*(open_one(i) for i in range(count)), return_exceptions=True)
-    statuses = Counter(await asyncio.gather(*(status_of(*pair) for pair in opened)))
-    statuses[0] += sum(each is not None for each in refused)
-    for _, writer in opened:
-        writer.close()
-    return +statuses
+            source = (f"127.0.0.{2 + index // 20_000}", 0)
+            opened.append(socket.create_connection(("127.0.0.1", port), WAIT, source))
+            opened[-1].sendall(head % len(body) + b"\r\n\r\n" + body)
+        except OSError:
+            statuses[0] += len(opened) + statuses[0] <= index  # one that breaks while it asks may have an answer
+    for connection in opened:
+        try:
+            said = connection.recv(64).split()
+            statuses[int(said[1]) if said else 0] += 1
+        except OSError:
+            statuses[0] += 1
+        connection.close()
+    return statuses
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def select_readable(connection: socket.socket) -> bool:
     """Whether the other end has closed it, or said something."""
     connection.setblocking(False)
     try:
-        return connection.recv(1) == b""
+        return len(connection.recv(1)) <= 1
     except BlockingIOError:
         return False
     except ConnectionError:
