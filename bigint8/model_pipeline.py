@@ -1,7 +1,10 @@
 """A model as a pipeline over devices: planned, loaded, given requests, ended."""
 
 import contextlib
+import ctypes
+import gc
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BigInt8Error
 from .options import Access, Cluster, Int8Config, Workload
+from .plan.beside import left_beside
 from .plan.cut import make_plan
 from .plan.devices import Device, cpu_device, find_devices
 from .plan.offload import spill_here, spill_of_boxes
@@ -18,6 +22,7 @@ from .plan.plan import Plan
 from .session import FoundModel, find_model, load_here, warm_up
 
 if TYPE_CHECKING:
+    from .load.bars import Shown
     from .load.fill import LoadReport
     from .run.engine import Engine
     from .run.generate import Answer, Generator
@@ -47,11 +52,14 @@ class ModelPipeline:
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         trace: str | os.PathLike[str] | None = None,
         slots: int | None = None,
+        beside: "ModelPipeline | None" = None,
     ) -> None:
         """Plan for `gpus` devices of this machine, all GPUs or one CPU by default, or of a Ray cluster.
 
         trace: a file of what is loaded and computed when, written by `close`; https://ui.perfetto.dev opens it
         slots: how many steps are under way at once, one more than there are stages by default
+        beside: a loaded model that goes on running meanwhile. The plan is for what its devices have left; where it has
+            workers, these get second ones on the same devices, so that either model may end before the other
 
         Raises PlanError when the model does not fit, BigInt8Error and WorkerError where the devices are not there.
         """
@@ -65,10 +73,13 @@ class ModelPipeline:
         self._trace: Trace | None = None
         self._text: Text | None = None
         self._generator: Generator | None = None
+        self._beside, self._one_box = beside, cluster.address is None
+        self._whole: list[Device] = []
         found.opened()
         workload = workload or found.spec.workload()
-        if cluster.address is None:
-            self.devices, self.note = find_devices(cluster.device, gpus)
+        if cluster.address is None and (beside is None or beside._workers is None):
+            there, self.note = find_devices(cluster.device, gpus)
+            self.devices = self._left(there)
             spill = spill_here(found.spec, cpu_device().usable_bytes)
             self.plan = make_plan(found.spec, self.devices, workload, spill=spill)
             return
@@ -92,12 +103,15 @@ class ModelPipeline:
         if self._workers is None and len(self.plan.stages) > 1:
             kind = self.plan.stages[0].device.kind
             workers = self._start(len(self.plan.stages), Cluster("cuda" if kind == "cuda" else "cpu"))
-            if not _as_planned(self.plan, workers.devices()):  # the GPUs may come in another order
+            if not _as_planned(self.plan, self._left(workers.devices())):  # the GPUs may come in another order
                 self.plan = self._plan_for(workers, self.plan.workload)
                 self.note = "planned again, for the devices that the workers have"
 
-    def load(self, progress: bool = True) -> "list[LoadReport]":
-        """Load the model; what that did for each stage. Raises what `load_sharded_int8` raises."""
+    def load(self, progress: "Shown" = True) -> "list[LoadReport]":
+        """Load the model; what that did for each stage. Raises what `load_sharded_int8` raises.
+
+        progress: whether to show it, or who is told of it (`load.bars.Watch`)
+        """
         checkpoint = self.found.opened()
         self._end_engine()
         self._begin_trace()
@@ -111,6 +125,7 @@ class ModelPipeline:
             self.engine = self.model.engine
             self.reports = [self.model.load_report]
             self._trace_loads()
+            self._beside = None
             return self.reports
         from .load.warm_up import importing
 
@@ -127,6 +142,7 @@ class ModelPipeline:
         self.model = PipelineModel(hf_config, self.engine, self.plan)
         self.model.generation_config = generation_config or self.model.generation_config
         self._trace_loads()
+        self._beside = None  # that one may go
         return self.reports
 
     # --- requests ---
@@ -230,14 +246,29 @@ class ModelPipeline:
     def _plan_for(self, workers: "Pipeline", workload: Workload) -> Plan:
         """The best plan for what the workers have; where nothing else fits, with blocks in the memory and on the disk
         of their own boxes."""
-        self.devices = workers.devices()
+        self.devices = self._left(workers.devices())
         return make_plan(self.found.spec, self.devices, workload, spill=spill_of_boxes(self.found.spec))
 
     def _start(self, count: int | None, cluster: Cluster) -> "Pipeline":
         from .run.pipeline import Pipeline
 
-        self._workers = Pipeline(count, cluster, self.found.spec)
+        beside = None if self._beside is None else self._beside._workers
+        self._workers = Pipeline(count, cluster, self.found.spec, beside)
         return self._workers
+
+    def _left(self, devices: list[Device]) -> list[Device]:
+        """What the model may take of devices: all, or what another one leaves of them. Notes what there is in all."""
+        if self._beside is None:
+            self._whole = devices
+            return devices
+        self._whole = self._beside._whole
+        return left_beside(self._beside._taken(), self._whole, devices, self._one_box)
+
+    def _taken(self) -> list[tuple[Device, int]]:
+        """What the stages take of their devices, as a second model's plan names these."""
+        stages = self.plan.stages
+        devices = [stage.device for stage in stages] if self._workers is None else self._workers.devices()
+        return [(device, stage.needed_bytes) for device, stage in zip(devices, stages, strict=False)]
 
 
 def _as_planned(plan: Plan, there: Sequence[Device]) -> bool:
@@ -246,6 +277,18 @@ def _as_planned(plan: Plan, there: Sequence[Device]) -> bool:
         device.model == stage.device.model and replace(stage, device=device).headroom_bytes >= 0
         for stage, device in zip(plan.stages, there, strict=False)
     )
+
+
+def give_memory_back() -> None:
+    """Let the system have the memory of models that have ended: what is in cycles, and what allocators keep."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries give back by themselves
+        if trim is not None:
+            trim(0)
 
 
 @contextlib.contextmanager

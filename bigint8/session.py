@@ -16,6 +16,7 @@ from .sources.find import Source, find_source
 if TYPE_CHECKING:
     import torch
 
+    from .load.bars import Shown
     from .load.intake import CheckReport
     from .load.save import QuantizeReport
     from .run.trace import Trace
@@ -123,7 +124,7 @@ def warm_up(spec: ModelSpec, kinds: Iterable[str]) -> None:
         import_model(spec)
 
 
-def load_here(placement: Any, checkpoint: Checkpoint, progress: bool, trace: "Trace | None" = None) -> Any:
+def load_here(placement: Any, checkpoint: Checkpoint, progress: "Shown", trace: "Trace | None" = None) -> Any:
     """The transformers model of a placement, loaded in this process."""
     from .load.bars import LoadProgress
     from .load.loaded import as_loaded

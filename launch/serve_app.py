@@ -73,7 +73,7 @@ class Bigint8:
         self._pipeline = _opened(arguments)
         try:
             _load(self._pipeline)
-            self._state.open(Model.of(self._pipeline))
+            self._state.open(Model.of(self._pipeline, self._state.name))
         except BaseException:
             self._pipeline.close()
             raise

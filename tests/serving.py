@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from bigint8.model_pipeline import ModelPipeline
 from bigint8.options import Cluster, Workload
 from bigint8.service.app import new_app
 from bigint8.service.limits import Keys, Limits
+from bigint8.service.loads import Loads, Opener
 from bigint8.service.server import Server
 from bigint8.service.state import Model, State
 from bigint8.session import find_model
@@ -31,14 +33,18 @@ TEMPLATE = (
     "w3 {{ turn.content }} {% endfor %}w4"
 )
 NAME = "tiny"
+ADMIN_KEY = "whoever runs it"
 
 
-def save_model(folder: Path, chats: bool = True, ends: bool = True) -> Path:
+def save_model(folder: Path, chats: bool = True, ends: bool = True, seed: int = 0) -> Path:
     """A tiny llama with a long context, whose tokens are words w0 to w127, of which w2 ends a text.
 
-    Without `ends` w2 is never the likeliest.
+    Without `ends` w2 is never the likeliest. Another seed gives other tokens.
     """
     model = tiny_model("llama", False, torch.float32, max_position_embeddings=WORK.context)
+    if seed:
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.lm_head.weight)
     if not ends:
         model.lm_head.weight.data[2] = 0
     model.save_pretrained(folder)
@@ -52,12 +58,13 @@ def save_model(folder: Path, chats: bool = True, ends: bool = True) -> Path:
 
 @dataclass
 class Service:
-    """One that runs. `client` asks it; `state` and `pipeline` are its insides."""
+    """One that runs. `client` asks it; `state`, `pipeline` and `loads` are its insides."""
 
     url: str
     state: State
     pipeline: ModelPipeline
     client: httpx.Client
+    loads: Loads | None = None
 
     @property
     def port(self) -> int:
@@ -90,21 +97,45 @@ def serving(
     keys: tuple[str, ...] = (),
     ends: bool = True,
     change: Callable[[FastAPI], None] = lambda app: None,
+    opener: Opener | None = None,
 ) -> Iterator[Service]:
     """A service over a loaded pipeline, on a free port. Without `ends` no token ends an answer.
 
-    `change` may give its application further paths.
+    `change` may give its application further paths. With an `opener` it loads other models, for who has ADMIN_KEY.
     """
     state, limits = State(NAME), limits or Limits()
-    app = new_app(state, limits, Keys(keys))
+    loads = None if opener is None else Loads(state, opener)
+    app = new_app(state, limits, Keys(keys), loads, Keys((ADMIN_KEY,)))
     change(app)
     with (
         Server(app, "127.0.0.1", 0, limits) as server,
         httpx.Client(base_url=server.address, timeout=WAIT) as client,
+        contextlib.nullcontext() if loads is None else loading(loads, pipeline),
     ):
-        model = Model.of(pipeline)
+        model = Model.of(pipeline, NAME)
         state.open(model if ends else replace(model, ends=frozenset()))
-        yield Service(server.address, state, pipeline, client)
+        del model  # nothing but the state keeps it
+        yield Service(server.address, state, pipeline, client, loads)
+
+
+@contextlib.contextmanager
+def loading(loads: Loads, pipeline: ModelPipeline) -> Iterator[None]:
+    """A thread that loads what is asked for, as the main thread of a service does. At the end all models end."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.is_set():
+            loads.work(0.05)
+
+    loads.begin(pipeline, str(pipeline.found.source.folder))
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        loads.close()
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def test_a_replica_takes_no_device_and_gives_requests_their_time_to_end() -> Non
 def test_an_engine_that_has_ended_for_good_is_unhealthy_and_one_that_runs_is_not(folder: Path) -> None:
     state = State(NAME)
     with loaded(folder) as pipeline:
-        state.open(Model.of(pipeline))
+        state.open(Model.of(pipeline, NAME))
         replica = SimpleNamespace(_state=state)
         serve_app.Bigint8.check_health(replica)
         assert pipeline.engine is not None

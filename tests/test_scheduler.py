@@ -328,3 +328,24 @@ def simulate(stages, arrivals, chunk=512, hop=0.02):
             under_way[1000 + step.number] = step
             heapq.heappush(events, (at, 1000 + step.number, True))
     return [share / now for share in busy], rows
+
+
+# --- a short prompt beside a long one ------------------------------------------------------------------------------
+
+
+def test_a_short_prompt_does_not_wait_for_the_whole_of_a_long_one_and_a_long_one_goes_on_beside_many():
+    """The long one is in every second step at least, however many short ones come."""
+    scheduler = scheduler_of([PageGroup(None, 512)], stages=2, work=Workload(512, 16, 32))
+    long = ask(scheduler, [1] * 400, Settings(4))
+    for _ in range(3):
+        scheduler.next()
+    shorts = []
+    for number in range(6):
+        scheduler.settle(Result(scheduler.flights[0].step.number, np.zeros(len(scheduler.flights[0].takers), np.int32)))
+        shorts.append(ask(scheduler, [2 + number] * 20, Settings(1)))
+        before = long.sequences[0].sent
+        scheduler.next()
+        if number == 0:
+            assert shorts[0].sequences[0].sent == 20 and long.sequences[0].sent == before, "at once, and alone"
+    assert long.sequences[0].sent >= 3 * 32 + 2 * 32
+    assert sum(short.sequences[0].sent == 20 for short in shorts if short.sequences) >= 2

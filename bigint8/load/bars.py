@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -10,15 +11,25 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from ..units import decimal, speed
 
+Watch = Callable[[int, int, int], None]
+"""Told how far a load is: which one, its bytes done, its bytes in all. Called from any thread."""
+
+Shown = bool | Watch
+"""Whether progress is shown, or who is told of it instead."""
+
 LINE_SECONDS = 5.0
 """How often a plain line is printed."""
 
 
 class LoadProgress:
-    """Progress of one or more loads, on standard error. `names` label the bars; `update` may come from any thread."""
+    """Progress of one or more loads, on standard error or for somebody who watches.
 
-    def __init__(self, names: list[str], enabled: bool = True) -> None:
-        self._names, self._enabled = names, enabled
+    `names` label the bars; `update` may come from any thread.
+    """
+
+    def __init__(self, names: list[str], enabled: Shown = True) -> None:
+        self._names, self._enabled = names, enabled is True
+        self._watch = enabled if callable(enabled) else None
         self._console = Console(stderr=True)
         self._bars: Progress | None = None
         self._tasks: list[TaskID] = []
@@ -48,7 +59,9 @@ class LoadProgress:
 
     def update(self, index: int, done_bytes: int, total_bytes: int) -> None:
         """`done_bytes` of `total_bytes` are read and quantized by load number `index`."""
-        if self._bars is not None:
+        if self._watch is not None:
+            self._watch(index, done_bytes, total_bytes)
+        elif self._bars is not None:
             self._bars.update(self._tasks[index], completed=done_bytes, total=total_bytes)
         elif self._enabled:
             self._print_line(index, done_bytes, total_bytes)

@@ -37,15 +37,43 @@ _leash: Leash | None = None
 """Of the cluster that this process started."""
 
 
+_users = 0
+_joining = threading.RLock()
+
+
 def connect(workers: int | None, address: str | None) -> bool:
     """Connect to the cluster at `address`, or start one for so many workers that listens on loopback only.
 
-    Returns whether this call did it: it did not if the process is connected already. Raises WorkerError for a cluster
-    that cannot be reached or started.
+    Where an earlier call did so already, its cluster is used. Returns whether the caller has to `leave` it: not where
+    the process was connected by somebody else. Raises WorkerError for a cluster that cannot be reached or started.
     """
+    global _users
+    with _joining:
+        if ray.is_initialized():
+            _users += bool(_users)
+            return bool(_users)
+        _join(workers, address)
+        _users = 1
+        return True
+
+
+def leave() -> None:
+    """The connection is not needed any more. With its last user it ends, and with it a cluster that was started."""
+    global _leash, _users
+    with _joining:
+        _users = max(0, _users - 1)
+        if _users:
+            return
+        leash, _leash = _leash, None
+        try:
+            ray.shutdown()
+        finally:
+            if leash is not None:
+                leash.release()
+
+
+def _join(workers: int | None, address: str | None) -> None:
     global _leash, _own_address
-    if ray.is_initialized():
-        return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -75,18 +103,6 @@ def connect(workers: int | None, address: str | None) -> bool:
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         where = f"address={address}: the Ray cluster" if address else "a local Ray cluster"
         raise WorkerError(f"{where} cannot be reached or started: {in_one_line(error)}") from error
-    return True
-
-
-def disconnect() -> None:
-    """End the connection to the cluster, and the cluster if `connect` started it."""
-    global _leash
-    leash, _leash = _leash, None
-    try:
-        ray.shutdown()
-    finally:
-        if leash is not None:
-            leash.release()
 
 
 def is_own() -> bool:

@@ -42,13 +42,19 @@ class Crew:
     workers: the actors; infos: where each runs. Both lists stay the same objects
     """
 
-    def __init__(self, kind: str, count: int, spec: ModelSpec | None) -> None:
-        """Start them. `spec` is that of the model that they will load, if it is known. Raises WorkerError."""
+    def __init__(self, kind: str, count: int, spec: ModelSpec | None, beside: "Crew | None" = None) -> None:
+        """Start them. `spec` is that of the model that they will load, if it is known. Raises WorkerError.
+
+        beside: those in whose places these are, on the same devices
+        """
         self.kind, self._spec = kind, spec
         self.workers: list[Any] = []
         self.infos: list[WorkerInfo] = []
         self._places = list(range(count))  # of each worker, counted as `_reserved` does
-        self._reserved = Reserved(kind, count)
+        self._reserved: Reserved = Reserved(kind, count) if beside is None else beside._reserved.share()
+        self._shared: dict[int, str | None] = {}  # places that another crew has taken, and their GPUs
+        if beside is not None:
+            self._shared = {place: info.gpu_id for place, info in zip(beside._places, beside.infos, strict=True)}
         try:
             check_nodes(self._reserved.nodes())
             # before the workers import what they need, which would be measured with the links
@@ -64,8 +70,10 @@ class Crew:
     def _new_worker(self, place: int) -> Any:
         from .worker import Worker
 
-        actor = ray.remote(concurrency_groups={"control": 1})(Worker).options(**self._reserved.options(place))
-        return actor.remote(self.kind, self._spec)
+        actor = ray.remote(concurrency_groups={"control": 1})(Worker).options(
+            **self._reserved.options(place, place in self._shared)
+        )
+        return actor.remote(self.kind, self._spec, self._shared.get(place))
 
     def arrange(self, order: Sequence[int]) -> None:
         """Put them in another order."""
@@ -113,6 +121,7 @@ class Crew:
         for i in moved:
             try:
                 self._reserved.move(self._places[i], lost)
+                self._shared.pop(self._places[i], None)
             except WorkerError as error:
                 others = range(count, len(self.workers))
                 spare = next((j for j in others if nodes[self._places[j]] not in lost), None)

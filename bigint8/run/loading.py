@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from ..errors import WorkerDied
-from ..load.bars import LoadProgress
+from ..load.bars import LoadProgress, Shown
 from ..plan.plan import Plan
 from .cores import Share
 from .crew import Crew, get
@@ -32,7 +32,7 @@ class Loading:
     plan: with the devices that its stages are on, which are others where a worker was replaced elsewhere
     """
 
-    def __init__(self, crew: Crew, plan: Plan, indices: Collection[int], progress: bool = False) -> None:
+    def __init__(self, crew: Crew, plan: Plan, indices: Collection[int], progress: Shown = False) -> None:
         self._crew, self.plan, self._indices = crew, plan, sorted(indices)
         self._bars = LoadProgress([crew.name(i) for i in self._indices], enabled=progress)
         self._loads: dict[Any, int] = {}

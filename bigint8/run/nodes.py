@@ -22,7 +22,7 @@ from ..options import DeviceKind
 from ..plan.clusters import Machines
 from ..plan.devices import HOST_RESERVE_BYTES, Box, Device, available_memory, cpu_device, cuda_devices, share_of
 from ..plan.offload import free_disk_bytes
-from .cluster import connect, pick, places
+from .cluster import connect, leave, pick, places
 from .doors import Door, Hello, Role, knock, new_secret, welcome
 from .placement import share_out
 from .preflight import check_nodes
@@ -67,7 +67,7 @@ def read_cluster_at(address: str, device: DeviceKind = "auto", count: int | None
         return read_cluster(device, count)
     finally:
         if began:
-            ray.shutdown()
+            leave()
 
 
 def read_cluster(device: DeviceKind = "auto", count: int | None = None) -> Machines:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 
 from ..errors import CheckpointError, WorkerError
+from ..load.bars import Shown
 from ..options import Cluster
 from ..plan.devices import Device, share_of
 from ..plan.plan import Plan
 from ..plan.spec import ModelSpec
-from .cluster import connect, disconnect, pick
+from .cluster import connect, leave, pick
 from .crew import ALIVE_SECONDS, Crew, get
 from .doors import HELLO_SECONDS, new_secret
 from .loading import Loading
@@ -54,12 +55,14 @@ class Pipeline:
         workers: int | None = None,
         cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
         spec: ModelSpec | None = None,
+        beside: "Pipeline | None" = None,
     ) -> None:
         """Start `workers` actors: by default one for each GPU of the cluster, or a CPU of each node if it has none.
 
         By default the cluster is a new one that listens on loopback only. `spec` is that of the model they will load,
-        if it is known: they prepare for it at once. Raises WorkerError if the cluster cannot be reached or has too few
-        GPUs or CPUs.
+        if it is known: they prepare for it at once. With `beside`, these are as many workers on the devices of
+        those, whatever else is asked for. Raises WorkerError if the cluster cannot be reached or has too few GPUs or
+        CPUs.
         """
         self._started_ray = False
         self._crew: Crew | None = None
@@ -74,8 +77,12 @@ class Pipeline:
         self._emptied: set[int] = set()
         try:
             self._started_ray = connect(workers, cluster.address)
-            self.kind, count = pick(workers, cluster.device)
-            self._crew = Crew(self.kind, count, spec)
+            if beside is None or beside._crew is None:
+                self.kind, count = pick(workers, cluster.device)
+                self._crew = Crew(self.kind, count, spec)
+            else:
+                self.kind = beside.kind
+                self._crew = Crew(self.kind, len(beside._workers), spec, beside._crew)
         except BaseException:
             self.close()
             raise
@@ -117,8 +124,10 @@ class Pipeline:
             for info in self.infos
         ]
 
-    def load(self, plan: Plan, progress: bool = True) -> "list[LoadReport]":
+    def load(self, plan: Plan, progress: Shown = True) -> "list[LoadReport]":
         """Load every stage of the plan, in parallel, each worker its own byte ranges.
+
+        progress: whether to show it, or who is told of it (`load.bars.Watch`)
 
         The checkpoint's folder must be readable on every node, with the same files. Workers beyond the plan's stages
         stay idle. Raises what the loader raises, and CheckpointError for nodes with other files; then nothing stays
@@ -317,7 +326,7 @@ class Pipeline:
                 crew.close()
         finally:
             if started:
-                disconnect()
+                leave()
 
 
 def _in_the_same_box(one: Device, other: Device) -> bool:

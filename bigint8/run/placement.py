@@ -66,10 +66,14 @@ class Reserved:
     """Places for `count` workers of a kind: a CPU each, and a GPU. `free` gives them back.
 
     They are those of `share_out`, or any where others hold these. Raises WorkerError if the cluster gives none in time.
+
+    Workers of a second model that is loaded beside a first one share its places, and ask Ray for nothing. A place
+    stands for a device, and the plan has seen to it that the device has memory for both. So no second GPU or CPU has to
+    be free in Ray's books, and whoever else uses the cluster gets none of these until the last worker has left.
     """
 
     def __init__(self, kind: str, count: int) -> None:
-        self.kind = kind
+        self.kind, self.count, self._users = kind, count, 1
         self._bundle = {"CPU": 1, "GPU": 1} if kind == "cuda" else {"CPU": 1}
         chosen = [node for node, share in share_out(places(kind), count, kind).items() for _ in range(share)]
         group = placement_group([self._bundle] * count, bundle_label_selector=[{NODE: node} for node in chosen])
@@ -85,11 +89,17 @@ class Reserved:
         self._places: list[tuple[PlacementGroup, int]] = [(group, index) for index in range(count)]
         self._nodes: list[str] = list(placement_group_table(group)["bundles_to_node_id"].values())
 
-    def options(self, index: int) -> dict[str, Any]:
-        """Of the actor that takes a place."""
+    def share(self) -> "Reserved":
+        """The same places, for the workers of one more model. Each `free` says that one model's have left."""
+        self._users += 1
+        return self
+
+    def options(self, index: int, shared: bool = False) -> dict[str, Any]:
+        """Of the actor that takes a place, or shares one."""
         group, bundle = self._places[index]
         at = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
-        return {"num_cpus": 1, "num_gpus": 1 if self.kind == "cuda" else 0, "scheduling_strategy": at}
+        gpus = 1 if self.kind == "cuda" and not shared else 0
+        return {"num_cpus": 0 if shared else 1, "num_gpus": gpus, "scheduling_strategy": at}
 
     def nodes(self) -> list[str]:
         """The node of each place, by its id in Ray."""
@@ -117,6 +127,10 @@ class Reserved:
         )
 
     def free(self) -> None:
+        """The workers have left; the last to go gives the places back."""
+        self._users -= 1
+        if self._users:
+            return
         for group in {group.id: group for group, _ in self._places}.values():
             remove_placement_group(group)
 

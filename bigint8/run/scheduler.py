@@ -47,7 +47,7 @@ class Scheduler:
         self.decoding = 0  # sequences whose prompt is done, or all under way
         self._unsent = 0  # prompt tokens of `waiting` and `prompts`
         self._no_room_at = -1
-        self._fed_last = False
+        self._fed_last = self._soonest_last = False
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -160,9 +160,19 @@ class Scheduler:
         return rows
 
     def _prompt_rows(self, copies: list[Copy]) -> list[Rows]:
-        """The next tokens of prompts, first come first served, up to this slot's part of those that wait."""
+        """The next tokens of prompts, up to this slot's part of those that wait.
+
+        First come first served, so that none starves. Where the first would take all, in turn with what is soonest
+        done: a short prompt does not wait for the whole of a long one.
+        """
         left = self.workload.piece(self._unsent, self.stages)
         rows: list[Rows] = []
+        first = self.prompts[0] if self.prompts else None
+        all_for_one = first is not None and first.tokens - first.sequences[0].sent > left
+        others = len(self.prompts) + len(self.waiting) > 1
+        self._soonest_last = all_for_one and others and not self._soonest_last
+        if self._soonest_last:
+            return self._soonest_rows(left, copies)
         for request in list(self.prompts):
             if left and request.sequences[0].flights < self.prompt_flights and not request.dropped:
                 rows.append(self._prompt_part(request, left, copies))
@@ -174,9 +184,23 @@ class Scheduler:
             left -= rows[-1].stop - rows[-1].start
         return rows
 
+    def _soonest_rows(self, left: int, copies: list[Copy]) -> list[Rows]:
+        """Of the prompts with the fewest tokens left, those that fit; one that does not has a step without others."""
+        while self.waiting and self._admit(self.waiting[0]):
+            self.prompts.append(self.waiting.popleft())
+        rows: list[Rows] = []
+        for request in sorted(self.prompts, key=lambda each: each.tokens - each.sequences[0].sent):
+            first = request.sequences[0]
+            if rows and request.tokens - first.sent > left:
+                break
+            if left and first.flights < self.prompt_flights and not request.dropped:
+                rows.append(self._prompt_part(request, left, copies))
+                left -= rows[-1].stop - rows[-1].start
+        return rows
+
     def _prompt_part(self, request: Request, most: int, copies: list[Copy]) -> Rows:
         first = request.sequences[0]
-        if not request.few and not first.flights and first.sent and first.sent % PAGE_TOKENS == 0:
+        if not request.few and not first.flights and first.sent % PAGE_TOKENS == 0:
             found = self.tables.shared_runs(first.table, request.prompt)
             self.tables.adopt(first.table, found)
             self._adopt(first, len(found))

@@ -41,6 +41,7 @@ class WorkerInfo:
 
     host_bytes: of the box's memory that could be had when the worker was asked
     disk_bytes: what its disk had free for offloaded weights
+    gpu_id: the GPU as CUDA_VISIBLE_DEVICES names it, None on a CPU
     """
 
     node: str
@@ -50,15 +51,21 @@ class WorkerInfo:
     gpu: int
     host_bytes: int
     disk_bytes: int
+    gpu_id: str | None = None
 
 
 class Worker:
     """The actor that owns one device."""
 
-    def __init__(self, kind: str, spec: ModelSpec | None = None) -> None:
-        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels."""
+    def __init__(self, kind: str, spec: ModelSpec | None = None, gpu_id: str | None = None) -> None:
+        """`spec`: the model that it will load. It begins at once to import the model's code and to compile kernels.
+
+        gpu_id: the GPU, where Ray gives none because another worker has it, beside which this one stands
+        """
         sys.setswitchinterval(SWITCH_SECONDS)
-        self._kind = kind
+        self._kind, self._gpu_id = kind, gpu_id
+        if gpu_id is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu_id  # torch is not imported yet
         self._device = "cuda:0" if kind == "cuda" else "cpu"
         self._progress = (0, 0)
         self._stage: Any = None
@@ -71,13 +78,13 @@ class Worker:
     def describe(self) -> WorkerInfo:
         """Where this worker runs, and its device with the memory that is free now."""
         context = ray.get_runtime_context()
-        gpus = context.get_accelerator_ids().get("GPU", [])
+        gpus = [self._gpu_id] if self._gpu_id is not None else context.get_accelerator_ids().get("GPU", [])
         found = cuda_devices() if self._kind == "cuda" else [cpu_device()]
         if not found:
             raise WorkerError(f"{socket.gethostname()}: Ray gave GPU {', '.join(gpus)} to a worker, which finds none")
         number = int(gpus[0]) if gpus and gpus[0].isdigit() else 0
         room = available_memory(), free_disk_bytes()
-        return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number, *room)
+        return WorkerInfo(context.get_node_id(), socket.gethostname(), os.getpid(), found[0], number, *room, *gpus[:1])
 
     def marks(self, files: list[Path]) -> list[FileMark]:
         """What tells these files from others of their names, as they are on this node."""

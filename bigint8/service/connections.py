@@ -14,6 +14,8 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from .errors import ApiError
 from .limits import Limits
 
+TOO_MANY = ApiError(503, "the service has too many connections", code="too_many_connections")
+
 
 class Connections:
     """Those that are open; `waiting` for a request, the longest first."""
@@ -30,7 +32,7 @@ class Connections:
             if longest is None:
                 return False
             self.leave(longest)
-            longest.transport.abort()
+            longest.give_way()
         self.open.add(new)
         return True
 
@@ -56,7 +58,7 @@ class GuardedProtocol(H11Protocol):
         if self._guard.enter(self):
             self._look()
         else:
-            self._refuse(ApiError(503, "the service has too many connections", code="too_many_connections"))
+            self.refuse(TOO_MANY)
 
     def data_received(self, data: bytes) -> None:
         """A client has sent something."""
@@ -69,6 +71,13 @@ class GuardedProtocol(H11Protocol):
         self._begun = False
         super().on_response_complete()
         self._look()
+
+    def give_way(self) -> None:
+        """Make room for another connection. Who has not asked yet may be about to, and is told why."""
+        if self.cycle is None:
+            self.refuse(TOO_MANY)
+        else:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed."""
@@ -92,7 +101,7 @@ class GuardedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
-        self._refuse(ApiError(400, msg, code="invalid_http"))
+        self.refuse(ApiError(400, msg, code="invalid_http"))
 
     def _look(self) -> None:
         """Whether it waits for a request, now that something has happened."""
@@ -109,11 +118,11 @@ class GuardedProtocol(H11Protocol):
     def _late(self) -> None:
         if self._begun:
             seconds = self._guard.limits.client_seconds
-            self._refuse(ApiError(408, f"no request came within {seconds:g} s", code="request_timeout"))
+            self.refuse(ApiError(408, f"no request came within {seconds:g} s", code="request_timeout"))
         else:
             self.transport.abort()
 
-    def _refuse(self, error: ApiError) -> None:
+    def refuse(self, error: ApiError) -> None:
         """Answer without the application, and close."""
         if self.transport.is_closing():
             return

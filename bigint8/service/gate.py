@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from .errors import ApiError
-from .limits import KEY_VARIABLE, Keys, Limits
+from .limits import ADMIN_VARIABLE, KEY_VARIABLE, Keys, Limits
 from .metrics import Metrics
 from .state import State
 
@@ -23,6 +23,12 @@ OPEN = ("/", "/health", "/openapi.json")
 WORK = ("/v1/completions", "/v1/chat/completions")
 """Paths that need the model."""
 
+ADMIN = "/admin/"
+"""What paths begin with that only whoever runs the service may use."""
+
+HOLD = "bigint8.hold"
+"""Where a request's scope has its hold on a model."""
+
 BODIES = 32
 """Bodies of the largest size that the service holds at once."""
 
@@ -37,8 +43,9 @@ class ClientGone(Exception):
 class Gate:
     """ASGI middleware. It hands on requests that it has read whole, and counts how all of them were answered."""
 
-    def __init__(self, app: App, state: State, limits: Limits, keys: Keys, metrics: Metrics) -> None:
-        self._app, self._state, self._limits, self._keys, self._metrics = app, state, limits, keys, metrics
+    def __init__(self, app: App, state: State, limits: Limits, keys: Keys, metrics: Metrics, admin_keys: Keys) -> None:
+        self._app, self._state, self._limits, self._metrics = app, state, limits, metrics
+        self._keys, self._admin_keys = keys, admin_keys
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +75,7 @@ class Gate:
             try:
                 self._check_key(scope)
                 if scope["path"] in WORK and scope["method"] == "POST":
-                    stack.enter_context(self._state.request())
+                    scope[HOLD] = stack.enter_context(self._state.request())
                 body = bytearray()
                 stack.callback(self._let_go, body)
                 await self._read(scope, receive, body)
@@ -78,8 +85,12 @@ class Gate:
             await self._app(scope, _again(bytes(body), receive), send)
 
     def _check_key(self, scope: Scope) -> None:
-        if scope["path"] not in OPEN and not self._keys.allow(_header(scope, b"authorization")):
-            message = f"no valid API key: send one of {KEY_VARIABLE} as 'Authorization: Bearer KEY'"
+        """Without admin keys what begins with ADMIN is a path like any that is not there."""
+        keys, variable = self._keys, KEY_VARIABLE
+        if self._admin_keys and scope["path"].startswith(ADMIN):
+            keys, variable = self._admin_keys, ADMIN_VARIABLE
+        if scope["path"] not in OPEN and not keys.allow(_header(scope, b"authorization")):
+            message = f"no valid API key: send one of {variable} as 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key")
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:

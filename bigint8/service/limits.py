@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import BigInt8Error
 
 KEY_VARIABLE = "BIGINT8_API_KEY"
+ADMIN_VARIABLE = "BIGINT8_ADMIN_KEY"
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class Keys:
         self._keys = tuple(key.encode() for key in keys)
 
     @classmethod
-    def from_environment(cls) -> "Keys":
-        """Those in BIGINT8_API_KEY, comma separated. Raises BigInt8Error where it is set but has none."""
-        told = os.environ.get(KEY_VARIABLE)
+    def from_environment(cls, variable: str = KEY_VARIABLE) -> "Keys":
+        """Those in a variable, comma separated. Raises BigInt8Error where it is set but has none."""
+        told = os.environ.get(variable)
         if told is None:
             return cls()
         keys = tuple(key for part in told.split(",") if (key := part.strip()))
         if not keys:
-            raise BigInt8Error(f"{KEY_VARIABLE} has no key in it: name one or several, or unset it to need none")
+            raise BigInt8Error(f"{variable} has no key in it: name one or several, or unset it")
         return cls(keys)
 
     def __bool__(self) -> bool:

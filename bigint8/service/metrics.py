@@ -9,11 +9,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..plan.plan import Plan
 from ..run.stages import EngineStats
-from .state import State
+from .state import Counted, State
 
 ENDPOINTS = (
     "/", "/health", "/metrics", "/stats", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions",
+    "/admin/load",
 )  # fmt: skip
 """The paths that are counted by name: whatever else clients ask for is counted as one."""
 
@@ -26,11 +28,23 @@ SAMPLE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Sample:
-    """What the engine did at a time. `busy`: each stage's share of the time since the sample before."""
+    """What the model did at a time that is served, and all that there were. It does not keep the model.
+
+    plan, name, chats: of that model
+    busy: each stage's share of the time since the sample before
+    tokens, restarts: of all models since the service began; running, waiting: of all that it has
+    """
 
     at: float
+    plan: Plan
+    name: str
+    chats: bool
     stats: EngineStats
     busy: tuple[float, ...]
+    tokens: int
+    restarts: int
+    running: int
+    waiting: int
 
 
 class Sampler:
@@ -44,12 +58,24 @@ class Sampler:
     async def sample(self) -> Sample | None:
         """The newest sample; None while there is no model."""
         async with self._asking:
-            model, last = self._state.model, self._last
-            if model is None or (last is not None and time.monotonic() - last.at < SAMPLE_SECONDS):
-                return last
-            stats = await asyncio.to_thread(model.engine.stats)
-            self._last = Sample(time.monotonic(), stats, _busy(last, stats))
+            counted, last = self._state.counted(), self._last
+            model = counted.models[0] if counted.models else None
+            if model is None:
+                return None
+            if last is None or last.plan is not model.plan or time.monotonic() - last.at >= SAMPLE_SECONDS:
+                self._last = await asyncio.to_thread(_sample, counted, last)
             return self._last
+
+
+def _sample(counted: Counted, last: Sample | None) -> Sample:
+    all_stats = [model.engine.stats() for model in counted.models]
+    stats, model = all_stats[0], counted.models[0]
+    busy = _busy(last if last is not None and last.plan is model.plan else None, stats)
+    tokens = counted.tokens + sum(each.tokens for each in all_stats)
+    restarts = counted.restarts + sum(each.restarts for each in all_stats)
+    running, waiting = sum(each.running for each in all_stats), sum(each.waiting for each in all_stats)
+    told = model.plan, model.name, model.text.chats, stats, busy
+    return Sample(time.monotonic(), *told, tokens, restarts, running, waiting)
 
 
 def _busy(last: Sample | None, stats: EngineStats) -> tuple[float, ...]:
@@ -99,13 +125,18 @@ class Metrics(Collector):
         """The engine's numbers, of the newest sample."""
         ready = self._state.health()[0] == 200
         yield GaugeMetricFamily("bigint8_ready", "1 if a request would be worked on now.", float(ready))
+        loads = CounterMetricFamily("bigint8_loads", "Models asked for beside another one.", labels=["result"])
+        for result in ("done", "failed", "refused"):
+            loads.add_metric([result], self._state.loads[result])
+        yield loads
+        yield GaugeMetricFamily("bigint8_models", "Models that requests run on.", len(self._state.counted().models))
         if self._sample is None:
             return
         stats = self._sample.stats
-        yield CounterMetricFamily("bigint8_generated_tokens", "Tokens of answers.", stats.tokens)
-        yield CounterMetricFamily("bigint8_restarts", "Stages that were started again.", stats.restarts)
-        yield GaugeMetricFamily("bigint8_queue", "Requests that wait in line.", stats.waiting)
-        yield GaugeMetricFamily("bigint8_running", "Sequences that run.", stats.running)
+        yield CounterMetricFamily("bigint8_generated_tokens", "Tokens of answers.", self._sample.tokens)
+        yield CounterMetricFamily("bigint8_restarts", "Stages that were started again.", self._sample.restarts)
+        yield GaugeMetricFamily("bigint8_queue", "Requests that wait in line.", self._sample.waiting)
+        yield GaugeMetricFamily("bigint8_running", "Sequences that run.", self._sample.running)
         pages = GaugeMetricFamily("bigint8_free_pages", "Pages of keys and values left.", labels=["group"])
         for index, free in enumerate(stats.free_pages):
             pages.add_metric([str(index)], free)

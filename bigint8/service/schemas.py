@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..options import Dtype
 from ..run.settings import MOST_LOGPROBS
 from .errors import ApiError
 
@@ -126,6 +127,24 @@ class CompletionRequest(Generation):
             raise ApiError(400, message, "echo", "unsupported_parameter")
         if not self.prompts():
             raise ApiError(400, "prompt: the list is empty", "prompt", "invalid_value")
+
+
+class LoadRequest(BaseModel):
+    """The body of POST /admin/load. What is left out is as the service was started with.
+
+    model: a preset, a folder or a hub id; checkpoint: where a preset's weights are
+    name: for clients; by default the model as given here, or the name as it is where the same model is loaded anew
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1)] | None = None
+    checkpoint: Annotated[str, Field(min_length=1)] | None = None
+    context: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    dtype: Dtype | None = None
+    int8_head: bool | None = None
 
 
 class TextPart(BaseModel):
