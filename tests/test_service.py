@@ -429,6 +429,7 @@ def test_statistics_for_the_page(service):
     assert said["model"] == NAME and said["health"] == {"status": "ok"} and said["chats"] is True
     (stage,) = said["stages"]
     assert (stage["device"], stage["first_block"], stage["last_block"]) == ("cpu", 0, 5)
+    assert said["slow"] == [] and "times_planned" in stage  # one stage is slow beside no other
     assert said["pages"] == list(service.pipeline.plan.pages)
 
 
