@@ -365,8 +365,9 @@ def test_over_workers_a_second_set_stands_beside_the_first_until_that_has_ended(
     assert rest[-2:] == ["data: [DONE]", ""] and '"finish_reason":"length"' in rest[-4]
     until(lambda: told()["status"] == "done")
     assert text_of("other") == answers[two]
+    until(lambda: not first & {worker.pid for worker in workers_of(process)})  # they have ended, with their memory
     second = {worker.pid for worker in workers_of(process)}
-    assert len(second) == 2 and not first & second, "the first workers have ended, with the memory they had"
+    assert len(second) == 2
 
     refused = client.post("/admin/load", json={"model": str(two), "batch_size": 10**6}, headers=ADMIN)
     assert refused.status_code == 409 and refused.json()["plan"]["short_bytes"] > 0

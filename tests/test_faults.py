@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,7 +178,8 @@ def test_workers_that_cannot_be_started_again_end_the_engine_with_who_where_and_
         answers(engine, kill)
     said = str(failed.value)
     host = pipeline.infos[1].host
-    assert f"stage 1 on worker 1 ({host}, cpu) is lost: its process ended" in said
+    # whoever notices first says so: the driver, or a stage beside it
+    assert re.search(rf"stage 1 on worker 1 \({host}, cpu\) is lost( to another stage)?: its process ended", said)
     assert f"cannot be started again: worker 1 ({host}, cpu) was started 1 times to load stage 1, and died" in said
     assert "4 sequences were being written (tokens of the prompt + of the answer so far: 3 + 1" in said
     assert said.endswith("0 requests waited")
@@ -298,9 +300,11 @@ def test_a_slow_worker_is_named_in_the_statistics(pipeline, engine):
     thread = threading.Thread(target=hinder)
     thread.start()
     try:
-        for _ in range(4):
+        for _ in range(20):  # what else this machine does slows others for a while
             answers(engine)
-        said = engine.stats().slow
+            said = engine.stats().slow
+            if [line[:7] for line in said] == ["stage 1"]:
+                break
     finally:
         ended.set()
         thread.join()

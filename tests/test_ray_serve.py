@@ -222,7 +222,7 @@ def test_an_application_that_is_no_longer_deployed_ends_its_requests_first_and_l
         deployed.client.completions.create(
             model=NAME,
             prompt=PROMPT,
-            max_tokens=2000,
+            max_tokens=1000,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
@@ -232,7 +232,7 @@ def test_an_application_that_is_no_longer_deployed_ends_its_requests_first_and_l
     deployed.ask_dashboard("PUT", "/api/serve/applications/", json={"applications": []})
     until(lambda: deployed.status().get("status") == "DELETING")
     *_, usage = stream
-    assert usage.usage is not None and usage.usage.completion_tokens == 2000
+    assert usage.usage is not None and usage.usage.completion_tokens == 1000
     until(lambda: not deployed.status())
     workers = ("Worker", "ServeReplica:bigint8:bigint8")
     until(lambda: not [actor for actor in deployed.living("actors", "DEAD") if actor["class_name"] in workers])

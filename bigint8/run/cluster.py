@@ -78,8 +78,8 @@ def _join(workers: int | None, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is not None:
-            _read_token_again()
             _check_that_somebody_listens(address)
+            _read_token_again()
             with _sigterm_as_it_was():
                 ray.init(address=address, **quiet)
         else:

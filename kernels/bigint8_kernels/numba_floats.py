@@ -250,9 +250,10 @@ def stack_floats(typingctx, count):
     length = count.literal_value
 
     def codegen(context, builder, signature, args):
-        memory = cgutils.alloca_once(builder, ir.ArrayType(_FLOAT, length))
+        # not as an array, which numba would fill with zeros, value by value: LLVM takes minutes for many
+        memory = cgutils.alloca_once(builder, _FLOAT, size=length)
         memory.align = 64
-        return builder.bitcast(memory, _FLOAT.as_pointer())
+        return memory
 
     return types.CPointer(types.float32)(types.IntegerLiteral(length)), codegen
 
@@ -265,7 +266,7 @@ def stack_bytes(typingctx, count):
     length = count.literal_value
 
     def codegen(context, builder, signature, args):
-        memory = cgutils.alloca_once(builder, ir.ArrayType(_INT8, length))
+        memory = cgutils.alloca_once(builder, _INT8, size=length)
         memory.align = 64
         return builder.ptrtoint(memory, context.get_value_type(types.intp))
 
