@@ -287,6 +287,20 @@ def test_a_burst_does_not_land_in_one_slot():
     assert 1 <= step.few <= 2 and step.rows - step.few <= 80, (step.few, step.rows)
 
 
+@pytest.mark.parametrize(("chunk", "under_way"), [(32, 2), (64, 3)])
+def test_short_chunks_of_a_lone_prompt_leave_the_last_slot_to_whoever_comes(chunk, under_way):
+    scheduler = scheduler_of([PageGroup(None, 512)], stages=2, work=Workload(512, 4, chunk))
+    ask(scheduler, [1] * 400, Settings(2))
+    steps = list(iter(scheduler.next, None))
+    assert [step.rows for step in steps] == [chunk] * under_way
+    ask(scheduler, [2] * 5, Settings(2))
+    if under_way == 2:
+        assert scheduler.next().rows == 5
+        assert scheduler.next() is None
+    else:
+        assert scheduler.next() is None
+
+
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_sixteen_requests_keep_all_stages_busy(stages):
     busy, _ = simulate(stages, [(0.0, 40, 100)] * 16)

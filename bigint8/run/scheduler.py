@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import BigInt8Error, PlanError
 from ..model.step import Result, Step
-from ..options import PAGE_TOKENS, Workload
+from ..options import PAGE_TOKENS, SERVED_CPU_CHUNK, Workload
 from .feed import Feeds
 from .flights import Flight, Rows
 from .refill import Refill
@@ -126,6 +126,10 @@ class Scheduler:
                 return flight.step
         return None
 
+    @property
+    def _is_last_slot(self) -> bool:
+        return self.slots > 1 and len(self.flights) == self.slots - 1
+
     def _requested(self) -> Flight | None:
         copies: list[Copy] = []
         share = -(-self.decoding // self.stages)
@@ -163,7 +167,8 @@ class Scheduler:
         """The next tokens of prompts, up to this slot's part of those that wait.
 
         First come first served, so that none starves. Where the first would take all, in turn with what is soonest
-        done: a short prompt does not wait for the whole of a long one.
+        done: a short prompt does not wait for the whole of a long one. Chunks of CPUs that serve many take so long
+        that the last slot is left to whoever comes: all stages are busy without it, but for a hop.
         """
         left = self.workload.piece(self._unsent, self.stages)
         rows: list[Rows] = []
@@ -171,6 +176,8 @@ class Scheduler:
         all_for_one = first is not None and first.tokens - first.sequences[0].sent > left
         others = len(self.prompts) + len(self.waiting) > 1
         self._soonest_last = all_for_one and others and not self._soonest_last
+        if all_for_one and not others and self._is_last_slot and self.workload.chunk <= SERVED_CPU_CHUNK:
+            return []
         if self._soonest_last:
             return self._soonest_rows(left, copies)
         for request in list(self.prompts):
