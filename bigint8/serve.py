@@ -16,7 +16,7 @@ import typer
 
 from .errors import BigInt8Error
 from .model_pipeline import ModelPipeline
-from .options import SERVED_CPU_CHUNK, Cluster, DeviceKind, Dtype, Int8Config, Workload
+from .options import SERVED_CPU_CHUNK, Access, Cluster, DeviceKind, Dtype, Int8Config, Workload
 from .plan.devices import cuda_devices
 from .session import FoundModel, find_model
 from .terminal.flags import (
@@ -164,7 +164,8 @@ def _found(
     """A model with the settings of the flags, or with others in their place."""
     head = (flags.int8_head or None) if int8_head is None else int8_head
     int8 = Int8Config(dtype=dtype or flags.dtype, int8_head=head)
-    return find_model(model, int8, flags.access(), checkpoint, elsewhere=flags.address is not None)
+    access = flags.access() if model == flags.model else Access()  # a revision, and trust, are of that model alone
+    return find_model(model, int8, access, checkpoint, elsewhere=flags.address is not None)
 
 
 def plan_beside(flags: ServeFlags, cluster: Cluster, wanted: "LoadRequest", running: ModelPipeline) -> ModelPipeline:

@@ -102,7 +102,7 @@ def _opened(arguments: Arguments) -> ModelPipeline:
     """The model's workers on this cluster, and its plan."""
     int8 = Int8Config(dtype=arguments.dtype, int8_head=arguments.int8_head or None)
     access = Access(arguments.revision, arguments.trust_remote_code)
-    found = find_model(arguments.model, int8, access, arguments.checkpoint)
+    found = find_model(arguments.model, int8, access, arguments.checkpoint, elsewhere=True)
     workload = found.spec.workload(arguments.context, arguments.batch_size)
     return ModelPipeline(found, arguments.gpus, workload, Cluster(arguments.device, "auto"))
 

@@ -476,6 +476,12 @@ def test_a_stage_that_is_lost_while_nothing_runs_is_restored_before_anything_doe
     assert engine.health().state == "ended" and "was closed" in engine.health().error
 
 
+def test_a_step_at_which_a_stage_hangs_each_time_ends_the_engine_however_long_that_takes(monkeypatch):
+    monkeypatch.setattr("bigint8.run.engine.STEADY_SECONDS", -1.0)
+    with Engine(Dying([FULL]), [FULL], WORK) as engine, pytest.raises(WorkerError, match="died 4 times in a row"):
+        engine.submit([1], Settings(5)).result(WAIT)
+
+
 class Unrestorable(Dying):
     def restore(self):
         raise WorkerError("no box is left")

@@ -308,7 +308,8 @@ class Engine:
     def _recover(self, error: StageLost) -> None:
         """Start the lost stages again, fill their pages, send the steps that were under way once more."""
         start_ns = time.time_ns()
-        if time.monotonic() - self._restored > STEADY_SECONDS:
+        # a step that is under way may be what a stage hangs at, each time for longer than that
+        if time.monotonic() - self._restored > STEADY_SECONDS and not self._scheduler.flights:
             self._restarts_in_a_row = 0
         with self._lock:
             self._sends_alone = True

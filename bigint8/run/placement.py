@@ -118,7 +118,10 @@ class Reserved:
         for node in there:
             group = placement_group([self._bundle], bundle_label_selector=[{NODE: node}])
             if group.wait(CHOSEN_SECONDS):
+                before, _ = self._places[index]
                 self._places[index], self._nodes[index] = (group, 0), node
+                if all(other.id != before.id for other, _ in self._places):
+                    remove_placement_group(before)
                 return
             remove_placement_group(group)
         raise WorkerError(
