@@ -21,6 +21,7 @@ with an answer or with 503, and afterwards all is as before.
 import asyncio
 import contextlib
 import json
+import math
 import random
 import re
 import signal
@@ -389,8 +390,9 @@ def soak_service(model: str, requests: int, clients: int) -> Comparison:
 
 
 def _mean(samples: list[tuple[float, float, float]], at: int, low: float, high: float) -> float:
-    """While a worker is gone its memory is: the median."""
-    return statistics.median(sample[at] for sample in samples if low <= sample[0] < high)
+    """While a worker is gone its memory is: the median. NaN where these requests went by between two samples."""
+    found = [sample[at] for sample in samples if low <= sample[0] < high]
+    return statistics.median(found) if found else math.nan
 
 
 def _check_answers(
