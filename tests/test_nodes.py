@@ -131,6 +131,13 @@ words = [sys.executable, "-c", program, ray.get_runtime_context().gcs_address]
 for own in ({}, *({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} for token in ("", *tokens))):
     done = subprocess.run(words, env=os.environ | own, capture_output=True, text=True)
     said.append(done.stderr.splitlines()[-1] if done.returncode else "")
+after_one_of_its_own = (
+    "import os, sys; from bigint8.run.cluster import connect, leave; connect(1, None); leave();"
+    "os.environ.update(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=sys.argv[2]); connect(None, sys.argv[1])"
+)
+words = [sys.executable, "-c", after_one_of_its_own, words[-1], tokens[-1]]
+done = subprocess.run(words, capture_output=True, text=True)
+said.append(done.stderr.splitlines()[-1] if done.returncode else "")
 ray.shutdown()
 left = [name for name in os.environ if name.startswith("RAY_AUTH")]
 print(json.dumps({"tokens": tokens, "said": said, "left": left}))
@@ -148,11 +155,11 @@ def test_a_local_cluster_has_a_token_of_its_own_and_leaves_the_home_folder_alone
     first, second = found["tokens"]
     assert first != second and len(second) == 64
     assert found["left"] == [] and not (tmp_path / ".ray").exists()
-    without, empty, other, right = found["said"]
+    without, empty, other, right, later = found["said"]
     assert "asks for its token, and RAY_AUTH_MODE is not 'token', so none was sent" in without
     assert "asks for its token, and there is none here; set RAY_AUTH_MODE" in empty
     assert "asks for its token, and the one that was sent is not its own" in other
-    assert right == ""
+    assert right == later == ""
 
 
 def test_a_link_is_measured_between_tasks_of_ray(pipeline):

@@ -78,8 +78,10 @@ def _join(workers: int | None, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is not None:
-            _check_that_somebody_listens(address)
-            _read_token_again()
+            where = _check_that_somebody_listens(address)
+            _read_token_again()  # not before: a cluster that is not there leaves Ray the token of the one that is used
+            if where is not None:
+                _check_token(where)
             with _sigterm_as_it_was():
                 ray.init(address=address, **quiet)
         else:
@@ -110,12 +112,15 @@ def is_own() -> bool:
     return bool(ray.get_runtime_context().gcs_address == _own_address)
 
 
-def _check_that_somebody_listens(address: str) -> None:
-    """Raise WorkerError where nothing listens at HOST:PORT. What is written otherwise is for Ray to understand."""
+def _check_that_somebody_listens(address: str) -> str | None:
+    """Raise WorkerError where nothing listens at HOST:PORT; the address, if Ray is to be asked there by name.
+
+    What is written otherwise is for Ray to understand, and with "auto" it looks for a token by itself.
+    """
     where = services.canonicalize_bootstrap_address(address) if address == "auto" else address
     host, _, port = (where or "").rpartition(":")
     if "://" in address or not host or not port.isdigit():
-        return
+        return None
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -124,16 +129,19 @@ def _check_that_somebody_listens(address: str) -> None:
             f"address={address}: no Ray cluster answers{named} ({in_one_line(error)}); ray start --head starts one and "
             "says its address, whose port is 6379 unless told otherwise"
         ) from None
-    if address != "auto":  # there Ray looks for a token by itself
-        _check_that_there_is_a_token()
-        _RAY.GcsClient(address=where)  # raises AuthenticationError at once; ray.init tries for 20 s, and says not why
+    return where if address != "auto" else None
 
 
-def _check_that_there_is_a_token() -> None:
-    """Raise AuthenticationError where one is to be sent and there is none: Ray's client would abort this process."""
+def _check_token(where: str) -> None:
+    """Raise AuthenticationError at once for a token that is wrong or missing.
+
+    `ray.init` tries for 20 s, and does not say why. Where one is to be sent and there is none, Ray's client would abort
+    this process.
+    """
     wanted = _RAY.get_authentication_mode() == _RAY.AuthenticationMode.TOKEN
     if wanted and not _RAY.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         raise AuthenticationError("there is no token")
+    _RAY.GcsClient(address=where)
 
 
 def _wrong_token(address: str | None) -> WorkerError:
