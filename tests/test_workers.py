@@ -18,6 +18,7 @@ from bigint8.checkpoint.headers import open_checkpoint
 from bigint8.model.step import CHOICE, Step
 from bigint8.options import PAGE_TOKENS, Cluster, Workload
 from bigint8.plan.cut import make_plan
+from bigint8.run import loading
 from bigint8.run.doors import LOOPBACK, Hello, Role, knock, new_secret
 from bigint8.run.pipeline import Pipeline
 from bigint8.run.stages import StageLost
@@ -31,6 +32,17 @@ def load(pipeline, folder, workers):
     found = find_model(folder, Int8Config(dtype="float32"))
     plan = make_plan(found.spec, pipeline.devices()[:workers], WORK)
     return plan, pipeline.load(plan, progress=False)
+
+
+def test_loads_that_end_before_they_are_asked_how_far_they_are_still_say_that_they_are_done(
+    pipeline, tmp_path, monkeypatch
+):
+    save_tiny("llama", True, tmp_path)
+    monkeypatch.setattr(loading, "POLL_SECONDS", 3 * WAIT)
+    told = []
+    plan = make_plan(find_model(tmp_path, Int8Config(dtype="float32")).spec, pipeline.devices()[:2], WORK)
+    reports = pipeline.load(plan, lambda *how_far: told.append(how_far))
+    assert sorted(told)[-2:] == [(index, report.bytes_read, report.bytes_read) for index, report in enumerate(reports)]
 
 
 class AsOneStage:

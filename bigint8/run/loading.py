@@ -56,10 +56,17 @@ class Loading:
                         reports[index] = get(reference)
                     except WorkerDied as error:
                         lost[index] = str(error)
+                    else:
+                        self._show_end(index, reports[index].bytes_read)
                 lost |= self._look() | self._hung()
                 if lost:
                     self._again(lost)
         return [reports[index] for index in self._indices]
+
+    def _show_end(self, index: int, size: int) -> None:
+        """The end of a load comes between two polls."""
+        if size:
+            self._bars.update(self._indices.index(index), size, size)
 
     def _begin(self, index: int) -> None:
         """CPU workers of one box share its cores."""
