@@ -138,6 +138,21 @@ def loading(loads: Loads, pipeline: ModelPipeline) -> Iterator[None]:
         loads.close()
 
 
+STEP_SECONDS = 0.004
+
+
+def slow_down(pipeline: ModelPipeline, seconds: float = STEP_SECONDS) -> None:
+    """Let each step of a pipeline in this process take so much longer."""
+    stages = pipeline.engine._stages
+    run = stages._run
+
+    def slowly(step):
+        time.sleep(seconds)
+        return run(step)
+
+    stages._run = slowly
+
+
 @contextlib.contextmanager
 def loaded(folder: Path, work: Workload = WORK) -> Iterator[ModelPipeline]:
     """A model in this process, in float32 with weights and activations that lose nothing."""

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,9 +18,9 @@ import pytest
 import torch
 from folders import replace as replace_tensor
 from folders import save_tokenizer
-from serving import ADMIN_KEY, NAME, WAIT, WORK, loaded, save_model, serving, until
+from serving import ADMIN_KEY, NAME, WAIT, WORK, loaded, save_model, serving, slow_down, until
 from test_service import assert_refused, metrics_of
-from test_service_faults import STEP_SECONDS, workers_of
+from test_service_faults import workers_of
 from tiny import tiny_model
 
 from bigint8.options import Cluster
@@ -74,17 +73,6 @@ def service(one):
     with loaded(one) as pipeline, serving(pipeline, ends=False, opener=opener_of(one)) as service:
         slow_down(pipeline)
         yield service
-
-
-def slow_down(pipeline, seconds=STEP_SECONDS):
-    stages = pipeline.engine._stages
-    run = stages._run
-
-    def slowly(step):
-        time.sleep(seconds)
-        return run(step)
-
-    stages._run = slowly
 
 
 def ask_to_load(service, model, **more):

@@ -16,7 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from serving import NAME, WAIT, Service, loaded, save_model, serving, until
+from serving import NAME, WAIT, Service, loaded, save_model, serving, slow_down, until
 from test_service import assert_refused
 
 from bigint8.run.settings import Settings
@@ -26,7 +26,6 @@ LONG = {"prompt": "w5 w17 w99", "max_tokens": 2000, "temperature": 0}
 """A request that takes seconds with the slow stage of these tests."""
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-STEP_SECONDS = 0.004
 QUICK = Limits(client_seconds=1.0, queue=2, queue_seconds=0.7, connections=60)
 
 
@@ -39,14 +38,7 @@ def folder(tmp_path_factory):
 def pipeline(folder):
     """One whose steps take a while, so that something happens meanwhile."""
     with loaded(folder) as pipeline:
-        stages = pipeline.engine._stages
-        run = stages._run
-
-        def slowly(step):
-            time.sleep(STEP_SECONDS)
-            return run(step)
-
-        stages._run = slowly
+        slow_down(pipeline)
         yield pipeline
 
 

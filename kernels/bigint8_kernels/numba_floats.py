@@ -242,20 +242,23 @@ def exp(typingctx, x):
     return kind(kind), codegen
 
 
+def _on_stack(builder, item: ir.Type, count: int):
+    """Not as an array, which numba would fill with zeros, value by value: LLVM takes minutes for many."""
+    memory = cgutils.alloca_once(builder, item, size=count)
+    memory.align = 64
+    return memory
+
+
 @intrinsic
 def stack_floats(typingctx, count):
     """Memory for a constant number of float32 that lasts until the function returns."""
     if not isinstance(count, types.IntegerLiteral):
         return None
-    length = count.literal_value
 
     def codegen(context, builder, signature, args):
-        # not as an array, which numba would fill with zeros, value by value: LLVM takes minutes for many
-        memory = cgutils.alloca_once(builder, _FLOAT, size=length)
-        memory.align = 64
-        return memory
+        return _on_stack(builder, _FLOAT, count.literal_value)
 
-    return types.CPointer(types.float32)(types.IntegerLiteral(length)), codegen
+    return types.CPointer(types.float32)(count), codegen
 
 
 @intrinsic
@@ -263,14 +266,12 @@ def stack_bytes(typingctx, count):
     """The address of a constant number of bytes, a multiple of 64, that last until the function returns."""
     if not isinstance(count, types.IntegerLiteral):
         return None
-    length = count.literal_value
 
     def codegen(context, builder, signature, args):
-        memory = cgutils.alloca_once(builder, _INT8, size=length)
-        memory.align = 64
+        memory = _on_stack(builder, _INT8, count.literal_value)
         return builder.ptrtoint(memory, context.get_value_type(types.intp))
 
-    return types.intp(types.IntegerLiteral(length)), codegen
+    return types.intp(count), codegen
 
 
 @intrinsic
